@@ -1,0 +1,97 @@
+"""Policy, value and reward networks: one trunk, two heads.
+
+Each is used only through `init` and `apply`. A policy's parameters are {"trunk", "lm_head"} (no
+"lm_head" where the embedding is tied), a scalar network's {"trunk", "score"}. The trunks have the
+same tree, so a reward model starts from a policy, and a critic from a reward model, by copying it.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.networks.transformer import KVCache, ModelConfig, Transformer
+from rlhf_jax.types import Params
+
+
+class Policy(nn.Module):
+  """A language model. `apply` gives logits; `hidden` and `logits` are its two halves."""
+
+  config: ModelConfig
+
+  def setup(self):
+    self.trunk = Transformer(self.config)
+    if not self.config.tie_embeddings:
+      self.lm_head = nn.Dense(
+        self.config.vocab_size,
+        use_bias=False,
+        dtype=self.config.dtype,
+        kernel_init=nn.initializers.normal(0.02),
+      )
+
+  def __call__(self, tokens, positions, segments):
+    """Logits [B, T, V] float32; those at column t predict the token at t + 1."""
+    return self.logits(self.hidden(tokens, positions, segments)[0])
+
+  def hidden(self, tokens, positions, segments, cache: KVCache | None = None):
+    """Hidden states [B, T, D] and the updated cache; see `Transformer.__call__`."""
+    return self.trunk(tokens, positions, segments, cache)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] to [..., V], float32. Callers slice `hidden` first: V is the largest letter."""
+    if self.config.tie_embeddings:
+      return self.trunk.attend_to_vocabulary(hidden).astype(jnp.float32)
+    return self.lm_head(hidden).astype(jnp.float32)
+
+
+class ScalarNetwork(nn.Module):
+  """A trunk with one number a token: the critic's value, or the reward model's score.
+
+  The head starts from N(0, 1/(D+1)), bias 0 (lm-human-preferences; the square root is missing in
+  Stiennon et al. 2020, appendix B.1).
+  """
+
+  config: ModelConfig
+
+  def setup(self):
+    self.trunk = Transformer(self.config)
+    std = (self.config.d_model + 1) ** -0.5
+    self.score = nn.Dense(1, dtype=jnp.float32, kernel_init=nn.initializers.normal(std))
+
+  def __call__(self, tokens, positions, segments) -> jax.Array:
+    """One float32 per token, [B, T]: what is known after reading the token."""
+    hidden, _ = self.trunk(tokens, positions, segments)
+    return self.score(hidden)[..., 0]
+
+
+def init(network: nn.Module, key: jax.Array) -> Params:
+  """Fresh parameters of a network, float32."""
+  blank = jnp.zeros((1, 2), jnp.int32)
+  return network.init(key, blank, blank, blank)["params"]
+
+
+def scalar_from_trunk(network: ScalarNetwork, trunk: Params, key: jax.Array) -> Params:
+  """A scalar network on a copy of `trunk`, with a fresh head: how a reward model starts."""
+  D = network.config.d_model
+  kernel = jax.random.normal(key, (D, 1)) * (D + 1) ** -0.5
+  score = {"kernel": kernel, "bias": jnp.zeros((1,))}
+  return {"trunk": jax.tree.map(jnp.copy, trunk), "score": score}
+
+
+def layout(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Positions and segments [B, T] of rows that hold one document each, padded on either side.
+
+  Positions count real tokens only, so padding on the left moves nothing.
+  """
+  real = (mask > 0).astype(jnp.int32)
+  return jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0) * real, real
+
+
+def last_token(values: jax.Array, mask: jax.Array) -> jax.Array:
+  """values [B, T] at the last column where mask [B, T] is set, [B]; padding may be on any side.
+
+  Scores are read where the answer ends: after its end-of-message token, never at a pad and never
+  at an end-of-message token of an earlier turn.
+  """
+  columns = jnp.arange(mask.shape[1])
+  last = jnp.max(jnp.where(mask > 0, columns[None, :], 0), axis=1)
+  return jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]

@@ -1,0 +1,255 @@
+"""The decoder that every network of the package stands on: the Llama family, in flax.linen.
+
+RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021, the "rotate half" layout that
+Hugging Face checkpoints use), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020).
+
+The module maps tokens to hidden states; heads are in `heads.py`. It never names a device: sharding
+is a table over parameter paths (`parallel/rules.py`). The key-value cache is an argument and a
+result, so decoding is a pure function.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.config import Positive, PositiveInt
+from rlhf_jax.types import UserError
+
+MASKED = -1e30  # finite, so that a row of padding yields finite (unused) numbers and gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Sizes of a decoder; letters as in `types.py`."""
+
+  vocab_size: PositiveInt  # V
+  d_model: PositiveInt  # D
+  n_layers: PositiveInt  # L
+  n_heads: PositiveInt  # N
+  n_kv_heads: PositiveInt  # G
+  head_dim: PositiveInt  # H
+  d_ff: PositiveInt  # F
+  rope_base: Positive  # base of the rotary frequencies
+  norm_eps: Positive  # epsilon inside RMSNorm
+  tie_embeddings: bool  # the language-model head is the transposed embedding
+  scan_layers: bool  # one compiled layer under lax.scan: compiles fast when deep, decodes slower
+  dtype: Literal["float32", "bfloat16"]  # of activations; parameters are always float32
+
+  def __post_init__(self):
+    if self.n_heads % self.n_kv_heads:
+      raise UserError(
+        f"config model: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}."
+      )
+    if self.head_dim % 2:
+      raise UserError(f"config model: head_dim {self.head_dim} must be even for rotary positions.")
+
+
+@flax.struct.dataclass
+class KVCache:
+  """Keys and values of the tokens read so far; columns not yet written have segment 0.
+
+  With `scan_layers` the per-layer tuples are arrays with a leading L axis instead.
+  """
+
+  keys: Any  # L x [B, G, S, H]
+  values: Any  # L x [B, G, S, H]
+  segments: jax.Array  # [B, S] int32
+  index: jax.Array  # [] int32, the column that the next token goes to
+
+  @classmethod
+  def empty(cls, config: ModelConfig, batch: int, length: int) -> "KVCache":
+    """A cache with room for `length` tokens in each of `batch` rows."""
+    shape = (batch, config.n_kv_heads, length, config.head_dim)
+    if config.scan_layers:
+      layers = lambda: jnp.zeros((config.n_layers, *shape), config.dtype)
+    else:
+      layers = lambda: tuple(jnp.zeros(shape, config.dtype) for _ in range(config.n_layers))
+    return cls(layers(), layers(), jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
+
+
+def rotary(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+  """Cosine and sine [B, T, H/2] of the rotary angles, float32 (Su et al. 2021, eq. 15)."""
+  frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  angles = positions[..., None].astype(jnp.float32) * frequencies
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Turns the halves of each head of x [B, T, N, H] by the angles [B, T, H/2]."""
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return turned.astype(x.dtype)
+
+
+def attention_mask(segments: jax.Array, cache: KVCache | None) -> jax.Array:
+  """Who sees whom, [B, T, S]: earlier columns, or its own, of the same segment; never padding."""
+  length = segments.shape[1]
+  start = 0 if cache is None else cache.index
+  keys = segments if cache is None else cache.segments
+  causal = jnp.arange(keys.shape[1])[None, :] <= start + jnp.arange(length)[:, None]
+  same = segments[:, :, None] == keys[:, None, :]
+  return causal[None, :, :] & same & (keys > 0)[:, None, :]
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+  """Softmax attention (Vaswani et al. 2017, eq. 1) with grouped key-value heads.
+
+  query [B, T, N, H]; key, value [B, G, S, H]; mask [B, T, S]. Returns [B, T, N, H]. The softmax is
+  in float32 whatever the compute dtype.
+  """
+  B, T, N, H = query.shape
+  G = key.shape[1]
+  query = query.reshape(B, T, G, N // G, H) * (H**-0.5)
+  scores = jnp.einsum("btgmh,bgsh->bgmts", query, key, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask[:, None, None, :, :], scores, MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+  return jnp.einsum("bgmts,bgsh->btgmh", weights, value).reshape(B, T, N, H)
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * scale, in float32 (Zhang & Sennrich 2019, eq. 4)."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+    return (y * scale).astype(x.dtype)
+
+
+class Attention(nn.Module):
+  """Grouped-query self-attention with rotary positions."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, layer_cache, index, mask, angles):
+    c = self.config
+    project = lambda name, heads: nn.DenseGeneral(
+      (heads, c.head_dim), use_bias=False, dtype=c.dtype, kernel_init=_normal(), name=name
+    )(x)
+    query = rotate(project("query", c.n_heads), *angles)
+    key = rotate(project("key", c.n_kv_heads), *angles).swapaxes(1, 2)
+    value = project("value", c.n_kv_heads).swapaxes(1, 2)
+    if layer_cache is not None:
+      keys, values = layer_cache
+      key = jax.lax.dynamic_update_slice_in_dim(keys, key, index, axis=2)
+      value = jax.lax.dynamic_update_slice_in_dim(values, value, index, axis=2)
+      # The barrier keeps XLA from fusing the update into its readers, which would need the old
+      # cache as well and so copy every layer's cache on every decoded token.
+      key, value = jax.lax.optimization_barrier((key, value))
+    mixed = attend(query, key, value, mask)
+    out = nn.DenseGeneral(
+      c.d_model,
+      axis=(-2, -1),
+      use_bias=False,
+      dtype=c.dtype,
+      kernel_init=_normal(c.n_layers),
+      name="out",
+    )(mixed)
+    return out, (None if layer_cache is None else (key, value))
+
+
+class MLP(nn.Module):
+  """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, eq. 6)."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    dense = lambda name, size, init: nn.Dense(
+      size, use_bias=False, dtype=c.dtype, kernel_init=init, name=name
+    )
+    gate, up = dense("gate", c.d_ff, _normal())(x), dense("up", c.d_ff, _normal())(x)
+    return dense("down", c.d_model, _normal(c.n_layers))(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+  """One pre-norm layer: attention, then the MLP, each added to the stream."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, layer_cache, index, mask, angles):
+    norm = lambda name: RMSNorm(self.config.norm_eps, name=name)
+    mixed, layer_cache = Attention(self.config, name="attn")(
+      norm("attn_norm")(x), layer_cache, index, mask, angles
+    )
+    x = x + mixed
+    return x + MLP(self.config, name="mlp")(norm("mlp_norm")(x)), layer_cache
+
+
+class Transformer(nn.Module):
+  """Tokens to hidden states after the final norm; a causal decoder over segments."""
+
+  config: ModelConfig
+
+  def setup(self):
+    c = self.config
+    self.embed = nn.Embed(c.vocab_size, c.d_model, dtype=c.dtype, embedding_init=_normal())
+    if c.scan_layers:
+      scanned = nn.scan(
+        Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        length=c.n_layers,
+      )
+      self.blocks = scanned(c)
+    else:
+      self.blocks = [Block(c, name=f"block_{i}") for i in range(c.n_layers)]
+    self.final_norm = RMSNorm(c.norm_eps)
+
+  def __call__(self, tokens, positions, segments, cache: KVCache | None = None):
+    """Runs T tokens of B rows, after those in `cache` if one is given.
+
+    Args:
+      tokens: [B, T] int32 ids.
+      positions: [B, T] int32, place inside the document.
+      segments: [B, T] int32, 0 on padding.
+      cache: the tokens before these; needs room for T more.
+
+    Returns:
+      Hidden states [B, T, D] in the compute dtype, and the cache with these tokens in it (None
+      where none was given).
+    """
+    if cache is not None:
+      written = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.index, axis=1)
+      cache = cache.replace(segments=written)
+    mask = attention_mask(segments, cache)
+    angles = rotary(positions, self.config.head_dim, self.config.rope_base)
+    x, keys_values = self._layers(self.embed(tokens), cache, mask, angles)
+    if cache is not None:
+      keys, values = keys_values
+      cache = cache.replace(keys=keys, values=values, index=cache.index + tokens.shape[1])
+    return self.final_norm(x), cache
+
+  def _layers(self, x, cache, mask, angles):
+    """All blocks in turn; returns the stream and the layers' updated keys and values."""
+    index = None if cache is None else cache.index
+    if self.config.scan_layers:
+      layer_caches = None if cache is None else (cache.keys, cache.values)
+      return self.blocks(x, layer_caches, index, mask, angles)
+    updated = []
+    for i, block in enumerate(self.blocks):
+      layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
+      x, layer_cache = block(x, layer_cache, index, mask, angles)
+      updated.append(layer_cache)
+    return x, None if cache is None else tuple(zip(*updated))
+
+  def attend_to_vocabulary(self, hidden):
+    """Logits by the transposed embedding, for tied heads. [B, T, D] to [B, T, V]."""
+    return self.embed.attend(hidden)
+
+
+def _normal(n_layers: int | None = None):
+  """N(0, 0.02); layers that write to the stream are shrunk by sqrt(2 L) (GPT-2, section 2.3)."""
+  return nn.initializers.normal(0.02 if n_layers is None else 0.02 / (2 * n_layers) ** 0.5)
