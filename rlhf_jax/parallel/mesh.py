@@ -1,0 +1,83 @@
+"""The device mesh, from configuration, and how host batches come onto it.
+
+Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads,
+feed-forward width and vocabulary. One CPU core, eight GPUs and a TPU slice are the same code with
+other numbers.
+"""
+
+import dataclasses
+import math
+from typing import Annotated, Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax.config import PositiveInt, Range
+from rlhf_jax.types import UserError
+
+BATCH = PartitionSpec(("data", "fsdp"))  # the leading axis of every batch
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each axis."""
+
+  data: Annotated[int, Range(low=-1)]  # -1: all devices that the other axes leave
+  fsdp: PositiveInt
+  tensor: PositiveInt
+
+
+def make(config: MeshConfig) -> Mesh:
+  """A mesh over all devices.
+
+  Raises:
+    UserError: the axes do not multiply to the number of devices.
+  """
+  count = jax.device_count()
+  inner = config.fsdp * config.tensor
+  data = count // inner if config.data == -1 else config.data
+  if data * inner != count:
+    raise UserError(
+      f"config mesh: data x fsdp x tensor = {config.data} x {config.fsdp} x {config.tensor} does "
+      f"not use the {count} devices exactly; use data=-1 and fsdp * tensor a divisor of {count}."
+    )
+  # Auto axes: the compiler places intermediate values, the tables place parameters and batches.
+  axis_types = (AxisType.Auto,) * 3
+  return jax.make_mesh((data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), axis_types)
+
+
+def batch_devices(mesh: Mesh) -> int:
+  """Over how many devices a batch is split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(mesh: Mesh, size: int, name: str) -> None:
+  """Raises a UserError unless batches of `size` rows split evenly; `name` is the config key."""
+  devices = batch_devices(mesh)
+  if size % devices:
+    near = [n for n in (size - size % devices, size + devices - size % devices) if n]
+    raise UserError(
+      f"config {name}: {size} rows do not split over the {devices} devices of mesh axes 'data' x "
+      f"'fsdp'; use {' or '.join(map(str, near))}."
+    )
+
+
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+  """Host arrays onto the mesh, their leading axis split over the batch axes."""
+  return jax.device_put(batch, NamedSharding(mesh, BATCH))
+
+
+def put_replicated(mesh: Mesh, tree: Any) -> Any:
+  """Host arrays onto every device of the mesh."""
+  return jax.device_put(tree, replicated(mesh))
+
+
+def shard_count(sharding: NamedSharding, shape: tuple[int, ...]) -> int:
+  """Into how many different pieces an array of `shape` is cut."""
+  piece = sharding.shard_shape(shape)
+  return math.prod(full // part for full, part in zip(shape, piece) if part)

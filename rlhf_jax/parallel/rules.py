@@ -1,0 +1,81 @@
+"""Where parameters live: an ordered table of (regex over paths, PartitionSpec), first match wins.
+
+A spec names the *last* axes of an array, so one rule serves a layer and a scanned stack of layers.
+The table covers whole train states: optimiser moments and EMA copies end in the same paths as the
+parameters they belong to. Scalars, counters and PRNG keys are replicated without a rule.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.types import UserError
+
+Rules = tuple[tuple[str, P], ...]
+
+TRANSFORMER: Rules = (
+  (r"embed/embedding$", P("tensor", "fsdp")),  # [V, D]
+  (r"(query|key|value)/kernel$", P("fsdp", "tensor", None)),  # [D, N, H]
+  (r"out/kernel$", P("tensor", None, "fsdp")),  # [N, H, D]
+  (r"(gate|up)/kernel$", P("fsdp", "tensor")),  # [D, F]
+  (r"down/kernel$", P("tensor", "fsdp")),  # [F, D]
+  (r"lm_head/kernel$", P("fsdp", "tensor")),  # [D, V]
+  (r"score/(kernel|bias)$", P()),
+  (r"scale$", P()),
+)
+
+
+def path_name(path: tuple) -> str:
+  """A tree path as "trunk/block_0/attn/query/kernel"."""
+  return "/".join(
+    str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+  )
+
+
+def partition(tree: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Any:
+  """A NamedSharding for every leaf of `tree` (arrays or `jax.eval_shape` results).
+
+  Raises:
+    UserError: no rule matches a leaf, or an axis does not divide; tensor and sizes are named.
+  """
+  place = lambda path, leaf: NamedSharding(mesh, _spec(path_name(path), leaf.shape, mesh, rules))
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def place(tree: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Any:
+  """`tree` on the mesh, laid out by the rules."""
+  return jax.device_put(tree, partition(tree, mesh, rules))
+
+
+def compile_step(step: Callable, state: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Callable:
+  """Jits `step(state, ...) -> (state, metrics)`: state donated and kept by the rules, as it came."""
+  out_shardings = (partition(state, mesh, rules), NamedSharding(mesh, P()))
+  return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
+  if not shape:
+    return P()
+  for pattern, spec in rules:
+    if re.search(pattern, name):
+      full = P(*(None,) * (len(shape) - len(spec)), *spec)
+      _check_divides(name, shape, full, mesh)
+      return full
+  raise UserError(f"sharding: no rule matches {name!r} of shape {shape}; add one to the table.")
+
+
+def _check_divides(name: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
+  for size, axes in zip(shape, spec):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+    if size % devices:
+      fits = [n for n in range(1, devices + 1) if size % n == 0]
+      raise UserError(
+        f"sharding: an axis of {size} of {name!r} (shape {shape}) does not split over the "
+        f"{devices} devices of mesh axis {'x'.join(axes)!r}; {', '.join(map(str, fits))} would do."
+      )

@@ -1,0 +1,90 @@
+"""Supervised fine-tuning on dialogues: next-token loss on what the assistant says.
+
+The first stage of the recipe (Ouyang et al. 2022, section 3.5). Trainers' demonstrations and
+rewritten instruction data arrive mixed and packed as a `TokenBatch`; the mask says which tokens are
+the assistant's. The checkpoint is chosen on held-out loss.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax import masked
+from rlhf_jax.config import PositiveInt
+from rlhf_jax.networks import heads, likelihood
+from rlhf_jax.training import optim
+from rlhf_jax.types import Metrics, Params, TokenBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+  """One stage of supervised fine-tuning."""
+
+  num_steps: PositiveInt
+  batch_size: PositiveInt  # rows of sequence_length tokens a step
+  sequence_length: PositiveInt  # tokens
+  eval_every: PositiveInt  # steps between held-out losses; the best one is kept
+  frozen: tuple[str, ...]  # regexes over parameter paths that stay as they are
+  optim: optim.OptimConfig
+
+
+@flax.struct.dataclass
+class SFTState:
+  """What a step hands to the next."""
+
+  step: jax.Array  # [] int32
+  params: Params  # the trainable part of the policy
+  opt_state: optax.OptState
+
+
+def init(params: Params, optimizer: optax.GradientTransformation) -> SFTState:
+  """The state before the first step; `params` is the trainable part (see `optim.split`)."""
+  return SFTState(jnp.int32(0), params, optimizer.init(params))
+
+
+def loss(policy: heads.Policy, params: Params, batch: TokenBatch) -> tuple[jax.Array, Metrics]:
+  """Mean negative log-likelihood in nats over all supervised tokens of the batch.
+
+  A token is a target where its `loss_mask` is set and the token before it belongs to the same
+  document. The mean is over tokens, not over rows: long answers weigh as many tokens as they have.
+  """
+  logits = policy.apply({"params": params}, batch.tokens, batch.positions, batch.segments)
+  logits, targets = logits[:, :-1], batch.tokens[:, 1:]
+  same_document = batch.segments[:, 1:] == batch.segments[:, :-1]
+  mask = batch.loss_mask[:, 1:] * same_document
+  nll = -likelihood.token_logprobs(logits, targets, temperature=1.0)
+  correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+  metrics = {"accuracy": masked.mean(correct, mask), "tokens": jnp.sum(mask)}
+  return masked.mean(nll, mask), metrics
+
+
+def step(
+  state: SFTState,
+  batch: TokenBatch,
+  frozen: Params,
+  *,
+  policy: heads.Policy,
+  optimizer: optax.GradientTransformation,
+) -> tuple[SFTState, Metrics]:
+  """One optimiser step."""
+  objective = lambda params: loss(policy, optim.merge(params, frozen), batch)
+  (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics = {
+    "sft/loss": value,
+    "sft/accuracy": metrics["accuracy"],
+    "sft/tokens": metrics["tokens"],
+    "sft/grad_norm": optax.global_norm(grads),
+  }
+  return SFTState(state.step + 1, params, opt_state), metrics
+
+
+def evaluate(policy: heads.Policy, params: Params, batch: TokenBatch) -> Metrics:
+  """Sums over one held-out batch; divide by `tokens` after adding up batches."""
+  value, metrics = loss(policy, params, batch)
+  tokens = metrics["tokens"]
+  return {"nll": value * tokens, "correct": metrics["accuracy"] * tokens, "tokens": tokens}
