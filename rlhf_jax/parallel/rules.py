@@ -32,9 +32,7 @@ TRANSFORMER: Rules = (
 
 def path_name(path: tuple) -> str:
   """A tree path as "trunk/block_0/attn/query/kernel"."""
-  return "/".join(
-    str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-  )
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def partition(tree: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Any:
@@ -53,7 +51,7 @@ def place(tree: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Any:
 
 
 def compile_step(step: Callable, state: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Callable:
-  """Jits `step(state, ...) -> (state, metrics)`: state donated and kept by the rules, as it came."""
+  """Jits `step(state, ...) -> (state, metrics)`; the state is donated and stays laid out by rule."""
   out_shardings = (partition(state, mesh, rules), NamedSharding(mesh, P()))
   return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 

@@ -1,0 +1,314 @@
+"""PPO against a reward model, with a KL penalty to the SFT policy.
+
+Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022, eq. 2:
+
+  objective = E[r(x, y) - kl_coef log(pi(y|x) / pi_SFT(y|x))] + ptx_coef E_pretrain[log pi(x)]
+
+One `update` is one compiled, donated program: rewards, advantages, then every epoch and minibatch
+under a scan. The critic is a separate network that starts as the reward model. A state's `step`
+counts batches of rollouts; the optimisers count minibatches.
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax import advantages as advantages_lib
+from rlhf_jax import masked, rollout, sft, surrogate
+from rlhf_jax.config import Fraction, NonNegative, Positive, PositiveInt, Range
+from rlhf_jax.networks import heads, likelihood
+from rlhf_jax.training import optim
+from rlhf_jax.types import Metrics, Params, Rollout, TokenBatch, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class KLConfig:
+  """The coefficient of the KL penalty, fixed or steered."""
+
+  coef: NonNegative  # the first value; the only one where target is None
+  target: Positive | None  # nats a response to steer to (Ziegler et al. 2019, section 2.2)
+  horizon: Positive  # episodes over which the controller corrects; read where target is set
+
+
+@dataclasses.dataclass(frozen=True)
+class PTXConfig:
+  """Pretraining text mixed into the update, "PPO-ptx" (Ouyang et al. 2022, section 3.5)."""
+
+  coef: NonNegative  # InstructGPT's gamma; 0 is plain PPO
+  ratio: NonNegative  # pretraining rows an episode
+  sequence_length: PositiveInt  # tokens a row
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+  """One run of PPO."""
+
+  num_steps: PositiveInt  # batches of rollouts
+  epochs: PositiveInt  # passes over each batch
+  minibatches: PositiveInt  # optimiser steps a pass
+  gamma: Fraction  # discount
+  lam: Fraction  # GAE's lambda
+  cliprange: Positive  # of the probability ratio
+  value_cliprange: Positive  # of the value, around the rollout's
+  vf_coef: Positive  # weight of the value loss
+  whiten_rewards: bool  # to variance 1, the mean kept
+  missing_eos: Literal["keep", "replace", "subtract"]  # responses that never stop
+  missing_eos_penalty: NonNegative
+  ema_decay: Annotated[float, Range(low=0.0, high=1.0, closed="low")]  # a step; 0: the last weights
+  kl: KLConfig
+  ptx: PTXConfig
+  rollout: rollout.RolloutConfig
+  frozen: tuple[str, ...]  # regexes over trunk paths that stay as they are, in both networks
+  policy_optim: optim.OptimConfig
+  value_optim: optim.OptimConfig
+
+  def __post_init__(self):
+    if self.rollout.batch_size % self.minibatches:
+      raise UserError(
+        f"config ppo: rollout.batch_size {self.rollout.batch_size} is not divisible by minibatches "
+        f"{self.minibatches}."
+      )
+    if self.ptx.coef and not self.ptx_rows:
+      raise UserError(
+        f"config ppo.ptx: ratio {self.ptx.ratio:g} gives no row to any of the {self.updates} "
+        f"optimiser steps of a batch; use at least {self.updates / self.rollout.batch_size:g}."
+      )
+
+  @property
+  def updates(self) -> int:
+    """Optimiser steps a batch of rollouts."""
+    return self.epochs * self.minibatches
+
+  @property
+  def ptx_rows(self) -> int:
+    """Rows of pretraining text an optimiser step."""
+    return round(self.ptx.ratio * self.rollout.batch_size / self.updates) if self.ptx.coef else 0
+
+
+@flax.struct.dataclass
+class PPOState:
+  """All that changes from one batch of rollouts to the next."""
+
+  step: jax.Array  # [] int32, batches of rollouts learnt from
+  policy: Params  # the trainable part
+  critic: Params  # the trainable part
+  policy_opt: optax.OptState
+  critic_opt: optax.OptState
+  ema: Params  # moving average of `policy`
+  kl_coef: jax.Array  # [] float32
+  key: jax.Array  # [] PRNG key of the run; every use folds in `step`
+
+
+@flax.struct.dataclass
+class Experience:
+  """A rollout with what is frozen over the inner epochs."""
+
+  rollout: Rollout
+  advantages: jax.Array  # [B, R], whitened over the whole batch
+  returns: jax.Array  # [B, R], from the advantages before whitening
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+  """What is static in an update: the networks, their optimisers and the numbers."""
+
+  policy: heads.Policy
+  scalar: heads.ScalarNetwork
+  policy_optimizer: optax.GradientTransformation
+  value_optimizer: optax.GradientTransformation
+  config: PPOConfig
+
+
+def make_learner(policy: heads.Policy, scalar: heads.ScalarNetwork, config: PPOConfig) -> Learner:
+  """The learner of one run; the learning-rate schedules span all its minibatches."""
+  total = config.num_steps * config.updates
+  return Learner(
+    policy,
+    scalar,
+    optim.make(config.policy_optim, total),
+    optim.make(config.value_optim, total),
+    config,
+  )
+
+
+def init(learner: Learner, policy: Params, critic: Params, key: jax.Array) -> PPOState:
+  """The state before the first batch; `policy` and `critic` are the trainable parts."""
+  return PPOState(
+    step=jnp.int32(0),
+    policy=policy,
+    critic=critic,
+    policy_opt=learner.policy_optimizer.init(policy),
+    critic_opt=learner.value_optimizer.init(critic),
+    ema=jax.tree.map(jnp.copy, policy),
+    kl_coef=jnp.float32(learner.config.kl.coef),
+    key=key,
+  )
+
+
+def loss(
+  learner: Learner, policy: Params, critic: Params, batch: Experience, text: TokenBatch | None
+) -> tuple[jax.Array, Metrics]:
+  """Policy loss + vf_coef value loss + ptx_coef pretraining loss, of one minibatch."""
+  config, seen = learner.config, batch.rollout
+  sequences = jnp.concatenate([seen.prompts, seen.responses], axis=1)
+  mask = jnp.concatenate([seen.prompt_mask, seen.mask], axis=1)
+  R = seen.responses.shape[1]
+  temperature = config.rollout.sampling.temperature
+  logits = likelihood.response_logits(learner.policy, policy, sequences, mask, R)
+  logprobs = likelihood.token_logprobs(logits, seen.responses, temperature)
+  pg_loss, pg_metrics = surrogate.policy_loss(
+    logprobs, seen.logprobs, batch.advantages, seen.mask, cliprange=config.cliprange
+  )
+  values = rollout.response_values(learner.scalar, critic, sequences, mask, R)
+  vf_loss, vf_metrics = surrogate.value_loss(
+    values, seen.values, batch.returns, seen.mask, cliprange=config.value_cliprange
+  )
+  entropy = likelihood.entropy(jax.lax.stop_gradient(logits), temperature)
+  metrics = pg_metrics | vf_metrics
+  metrics |= {
+    "policy/entropy": masked.mean(entropy, seen.mask),
+    "loss/policy": pg_loss,
+    "loss/value": vf_loss,
+  }
+  total = pg_loss + config.vf_coef * vf_loss
+  if text is not None:
+    ptx_loss, _ = sft.loss(learner.policy, policy, text)
+    metrics["loss/ptx"] = ptx_loss
+    total += config.ptx.coef * ptx_loss
+  return total, metrics
+
+
+def keys(state: PPOState) -> tuple[jax.Array, jax.Array]:
+  """The keys of this batch: one to sample with, one to shuffle with."""
+  sample_key, shuffle_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+  return sample_key, shuffle_key
+
+
+def experience(config: PPOConfig, seen: Rollout, kl_coef: jax.Array) -> Experience:
+  """Rewards, advantages and returns of a batch of rollouts, fixed before the first minibatch."""
+  scores = advantages_lib.complete_score(
+    seen.scores, seen.finished, rule=config.missing_eos, penalty=config.missing_eos_penalty
+  )
+  shape = lambda *response: advantages_lib.kl_shaped_rewards(*response, kl_coef=kl_coef)
+  rewards = jax.vmap(shape)(seen.logprobs, seen.ref_logprobs, scores, seen.mask)
+  if config.whiten_rewards:
+    rewards = masked.whiten(rewards, seen.mask, shift_mean=False)
+  estimate = lambda *response: advantages_lib.gae(*response, gamma=config.gamma, lam=config.lam)
+  advantages, returns = jax.vmap(estimate)(rewards, seen.values, seen.mask)
+  return Experience(seen, masked.whiten(advantages, seen.mask, shift_mean=True), returns)
+
+
+def minibatch_order(key: jax.Array, config: PPOConfig) -> jax.Array:
+  """Rows of each optimiser step, [epochs * minibatches, B / minibatches].
+
+  Every row comes once an epoch, and each epoch has an order of its own.
+  """
+  B = config.rollout.batch_size
+  shuffle = lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), B)
+  orders = jax.vmap(shuffle)(jnp.arange(config.epochs))
+  return orders.reshape(config.updates, B // config.minibatches)
+
+
+def next_kl_coef(config: PPOConfig, kl_coef: jax.Array, kl: jax.Array) -> jax.Array:
+  """The adaptive controller (Ziegler et al. 2019, section 2.2), or kl_coef itself without a target.
+
+  e = clip(KL / target - 1, -0.2, 0.2); kl_coef <- kl_coef (1 + e B / horizon), with KL in nats a
+  response, of the rollouts, and B episodes.
+  """
+  if config.kl.target is None:
+    return kl_coef
+  error = jnp.clip(kl / config.kl.target - 1.0, -0.2, 0.2)
+  return kl_coef * (1.0 + error * config.rollout.batch_size / config.kl.horizon)
+
+
+def update(
+  state: PPOState, frozen: tuple[Params, Params], seen: Rollout, text: TokenBatch | None, learner
+) -> tuple[PPOState, Metrics]:
+  """Learns from one batch of rollouts: all epochs and minibatches.
+
+  Args:
+    state: donated by the caller's jit.
+    frozen: the parts of policy and critic that do not train.
+    seen: the rollouts, sampled by `state.policy`.
+    text: pretraining rows with a leading axis of epochs * minibatches, or None.
+    learner: static.
+  """
+  config: PPOConfig = learner.config
+  batch = experience(config, seen, state.kl_coef)
+  order = minibatch_order(keys(state)[1], config)
+
+  def objective(trainable, minibatch, rows):
+    policy, critic = (optim.merge(*parts) for parts in zip(trainable, frozen))
+    return loss(learner, policy, critic, minibatch, rows)
+
+  def optimise(carry, inputs):
+    trainable, (policy_opt, critic_opt) = carry
+    rows, pretraining = inputs
+    minibatch = jax.tree.map(lambda x: x[rows], batch)
+    grads, metrics = jax.grad(objective, has_aux=True)(trainable, minibatch, pretraining)
+    optimizers = (learner.policy_optimizer, learner.value_optimizer)
+    moved, opt_states = [], []
+    for optimizer, grad, opt, params in zip(optimizers, grads, (policy_opt, critic_opt), trainable):
+      updates, opt = optimizer.update(grad, opt, params)
+      moved.append(optax.apply_updates(params, updates))
+      opt_states.append(opt)
+    metrics["policy/grad_norm"], metrics["val/grad_norm"] = map(optax.global_norm, grads)
+    return (tuple(moved), tuple(opt_states)), metrics
+
+  carry = ((state.policy, state.critic), (state.policy_opt, state.critic_opt))
+  carry, metrics = jax.lax.scan(optimise, carry, (order, text))
+  (policy, critic), (policy_opt, critic_opt) = carry
+  metrics = jax.tree.map(jnp.mean, metrics) | rollout_metrics(batch, state.kl_coef)
+  next_state = PPOState(
+    step=state.step + 1,
+    policy=policy,
+    critic=critic,
+    policy_opt=policy_opt,
+    critic_opt=critic_opt,
+    ema=optim.ema_update(state.ema, policy, config.ema_decay),
+    kl_coef=next_kl_coef(config, state.kl_coef, metrics["objective/kl"]),
+    key=state.key,
+  )
+  return next_state, metrics
+
+
+def rollout_metrics(batch: Experience, kl_coef: jax.Array) -> Metrics:
+  """Figures of a batch of rollouts before the update, under the field's names."""
+  seen = batch.rollout
+  kl = jnp.sum(jnp.where(seen.mask > 0, seen.logprobs - seen.ref_logprobs, 0.0), axis=1)
+  entropy = -jnp.sum(jnp.where(seen.mask > 0, seen.logprobs, 0.0), axis=1)
+  residual = masked.variance(batch.returns - seen.values, seen.mask)
+  spread = masked.variance(batch.returns, seen.mask)
+  return {
+    "objective/kl": jnp.mean(kl),
+    "objective/kl_stderr": jnp.std(kl) / jnp.sqrt(kl.size),
+    "objective/kl_coef": kl_coef,
+    "objective/entropy": jnp.mean(entropy),
+    "objective/scores": jnp.mean(seen.scores),
+    "objective/scores_std": jnp.std(seen.scores),
+    "objective/non_score_reward": jnp.mean(-kl_coef * kl),
+    "objective/rlhf_reward": jnp.mean(seen.scores - kl_coef * kl),
+    "val/mean": masked.mean(seen.values, seen.mask),
+    "val/returns_mean": masked.mean(batch.returns, seen.mask),
+    "val/explained_var": 1.0 - residual / jnp.maximum(spread, 1e-8),
+    "episode/length": jnp.mean(jnp.sum(seen.mask, axis=1)),
+    "episode/eos_rate": jnp.mean(seen.finished),
+  }
+
+
+def evaluate(seen: Rollout) -> Metrics:
+  """Score and KL of rollouts on held-out prompts, with standard errors."""
+  kl = jnp.sum(jnp.where(seen.mask > 0, seen.logprobs - seen.ref_logprobs, 0.0), axis=1)
+  stderr = lambda x: jnp.std(x) / jnp.sqrt(x.size)
+  return {
+    "eval/scores": jnp.mean(seen.scores),
+    "eval/scores_stderr": stderr(seen.scores),
+    "eval/kl": jnp.mean(kl),
+    "eval/kl_stderr": stderr(kl),
+    "eval/length": jnp.mean(jnp.sum(seen.mask, axis=1)),
+    "eval/eos_rate": jnp.mean(seen.finished),
+  }

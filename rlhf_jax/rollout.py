@@ -1,0 +1,94 @@
+"""Rollouts: responses sampled from the policy, and everything PPO must know about them.
+
+Two compiled functions: `generate` (in `generation/decode.py`) and `score` below. The reference is
+the SFT policy and never changes; the critic says what it expected before each token; the reward
+model scores the whole response. Networks have no dropout, so sampling and scoring see the same one.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.config import PositiveInt
+from rlhf_jax.generation.decode import Completion
+from rlhf_jax.generation.sampling import SamplingConfig
+from rlhf_jax.networks import heads, likelihood
+from rlhf_jax.reward import score_sequences
+from rlhf_jax.types import Params, PromptBatch, Rollout, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+  """One batch of experience."""
+
+  batch_size: PositiveInt  # B, episodes an iteration
+  prompt_length: PositiveInt  # P, tokens; prompts are padded on the left to it
+  sampling: SamplingConfig
+
+  def __post_init__(self):
+    if self.sampling.is_truncated:
+      raise UserError(
+        f"config sampling: rollouts need temperature > 0, top_k 0 and top_p 1 (got "
+        f"{self.sampling.temperature:g}, {self.sampling.top_k}, {self.sampling.top_p:g}): PPO "
+        "compares log-probabilities of the full softmax."
+      )
+
+
+@flax.struct.dataclass
+class Judges:
+  """The networks that PPO reads and never writes."""
+
+  reference: Params  # the SFT policy
+  reward: Params  # the reward model
+
+
+def score(
+  policy: heads.Policy,
+  scalar: heads.ScalarNetwork,
+  judges: Judges,
+  critic: Params,
+  prompts: PromptBatch,
+  completion: Completion,
+  *,
+  temperature: float,
+) -> Rollout:
+  """What reference, critic and reward model say of B responses; pure and jittable.
+
+  Reference log-probabilities are taken at the sampling temperature, like the sampler's own, or the
+  KL would not be 0 where the two policies agree. The value at column t is the critic's before
+  response token t, that is, at sequence column P + t - 1.
+  """
+  R = completion.tokens.shape[1]
+  sequences = jnp.concatenate([prompts.tokens, completion.tokens], axis=1)
+  mask = jnp.concatenate([prompts.mask, completion.mask], axis=1)
+  logits = likelihood.response_logits(policy, judges.reference, sequences, mask, R)
+  ref_logprobs = likelihood.token_logprobs(logits, completion.tokens, temperature)
+  values = response_values(scalar, critic, sequences, mask, R)
+  live = completion.mask > 0
+  return Rollout(
+    prompts=prompts.tokens,
+    prompt_mask=prompts.mask,
+    responses=completion.tokens,
+    mask=completion.mask,
+    logprobs=completion.logprobs,
+    ref_logprobs=jnp.where(live, ref_logprobs, 0.0),
+    values=jnp.where(live, values, 0.0),
+    scores=score_sequences(scalar, judges.reward, sequences, mask),
+    finished=completion.finished,
+  )
+
+
+def response_values(
+  scalar: heads.ScalarNetwork,
+  params: Params,
+  sequences: jax.Array,
+  mask: jax.Array,
+  response_length: int,
+) -> jax.Array:
+  """The critic's value before each response token, [B, R], for sequences [B, T]."""
+  positions, segments = heads.layout(mask)
+  start = sequences.shape[1] - response_length - 1
+  values = scalar.apply({"params": params}, sequences, positions, segments)
+  return values[:, start : start + response_length]
