@@ -121,9 +121,12 @@ class Learner:
   policy_optimizer: optax.GradientTransformation
   value_optimizer: optax.GradientTransformation
   config: PPOConfig
+  stem_blocks: int  # lowest blocks that all networks share; see `heads.shared_stem`
 
 
-def make_learner(policy: heads.Policy, scalar: heads.ScalarNetwork, config: PPOConfig) -> Learner:
+def make_learner(
+  policy: heads.Policy, scalar: heads.ScalarNetwork, config: PPOConfig, stem_blocks: int
+) -> Learner:
   """The learner of one run; the learning-rate schedules span all its minibatches."""
   total = config.num_steps * config.updates
   return Learner(
@@ -132,6 +135,7 @@ def make_learner(policy: heads.Policy, scalar: heads.ScalarNetwork, config: PPOC
     optim.make(config.policy_optim, total),
     optim.make(config.value_optim, total),
     config,
+    stem_blocks,
   )
 
 
@@ -157,13 +161,15 @@ def loss(
   sequences = jnp.concatenate([seen.prompts, seen.responses], axis=1)
   mask = jnp.concatenate([seen.prompt_mask, seen.mask], axis=1)
   R = seen.responses.shape[1]
-  temperature = config.rollout.sampling.temperature
-  logits = likelihood.response_logits(learner.policy, policy, sequences, mask, R)
+  if seen.stream is not None:
+    sequences = seen.stream
+  temperature, stem = config.rollout.sampling.temperature, learner.stem_blocks
+  logits = likelihood.response_logits(learner.policy, policy, sequences, mask, R, stem)
   logprobs = likelihood.token_logprobs(logits, seen.responses, temperature)
   pg_loss, pg_metrics = surrogate.policy_loss(
     logprobs, seen.logprobs, batch.advantages, seen.mask, cliprange=config.cliprange
   )
-  values = rollout.response_values(learner.scalar, critic, sequences, mask, R)
+  values = rollout.response_values(learner.scalar, critic, sequences, mask, R, stem)
   vf_loss, vf_metrics = surrogate.value_loss(
     values, seen.values, batch.returns, seen.mask, cliprange=config.value_cliprange
   )

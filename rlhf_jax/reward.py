@@ -62,11 +62,18 @@ def score_answers(network: heads.ScalarNetwork, params: Params, batch: RankingBa
 
 
 def score_sequences(
-  network: heads.ScalarNetwork, params: Params, tokens: jax.Array, mask: jax.Array
+  network: heads.ScalarNetwork,
+  params: Params,
+  tokens: jax.Array,
+  mask: jax.Array,
+  first_block: int = 0,
 ) -> jax.Array:
-  """Scores [B] of rows [B, T] that hold a prompt and an answer, padded on either side."""
+  """Scores [B] of rows [B, T] that hold a prompt and an answer, padded on either side.
+
+  With `first_block`, `tokens` is their stream [B, T, D] after the blocks before it.
+  """
   positions, segments = heads.layout(mask)
-  values = network.apply({"params": params}, tokens, positions, segments)
+  values = network.apply({"params": params}, tokens, positions, segments, first_block)
   return heads.last_token(values, mask)
 
 

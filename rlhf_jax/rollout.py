@@ -53,19 +53,27 @@ def score(
   completion: Completion,
   *,
   temperature: float,
+  stem_blocks: int = 0,
 ) -> Rollout:
   """What reference, critic and reward model say of B responses; pure and jittable.
 
   Reference log-probabilities are taken at the sampling temperature, like the sampler's own, or the
   KL would not be 0 where the two policies agree. The value at column t is the critic's before
-  response token t, that is, at sequence column P + t - 1.
+  response token t, that is, at sequence column P + t - 1. The lowest `stem_blocks` blocks, equal in
+  all networks (`heads.shared_stem`), run once and their output travels with the rollout.
   """
   R = completion.tokens.shape[1]
   sequences = jnp.concatenate([prompts.tokens, completion.tokens], axis=1)
   mask = jnp.concatenate([prompts.mask, completion.mask], axis=1)
-  logits = likelihood.response_logits(policy, judges.reference, sequences, mask, R)
+  stream = None
+  if stem_blocks:
+    layout = heads.layout(mask)
+    reference = {"params": judges.reference}
+    stream = policy.apply(reference, sequences, *layout, stem_blocks, method="stem")
+  inputs = sequences if stream is None else stream
+  logits = likelihood.response_logits(policy, judges.reference, inputs, mask, R, stem_blocks)
   ref_logprobs = likelihood.token_logprobs(logits, completion.tokens, temperature)
-  values = response_values(scalar, critic, sequences, mask, R)
+  values = response_values(scalar, critic, inputs, mask, R, stem_blocks)
   live = completion.mask > 0
   return Rollout(
     prompts=prompts.tokens,
@@ -75,8 +83,9 @@ def score(
     logprobs=completion.logprobs,
     ref_logprobs=jnp.where(live, ref_logprobs, 0.0),
     values=jnp.where(live, values, 0.0),
-    scores=score_sequences(scalar, judges.reward, sequences, mask),
+    scores=score_sequences(scalar, judges.reward, inputs, mask, stem_blocks),
     finished=completion.finished,
+    stream=stream,
   )
 
 
@@ -86,9 +95,10 @@ def response_values(
   sequences: jax.Array,
   mask: jax.Array,
   response_length: int,
+  first_block: int = 0,
 ) -> jax.Array:
-  """The critic's value before each response token, [B, R], for sequences [B, T]."""
+  """The critic's value before each response token, [B, R]; arguments as `response_logits`."""
   positions, segments = heads.layout(mask)
-  start = sequences.shape[1] - response_length - 1
-  values = scalar.apply({"params": params}, sequences, positions, segments)
+  start = mask.shape[1] - response_length - 1
+  values = scalar.apply({"params": params}, sequences, positions, segments, first_block)
   return values[:, start : start + response_length]

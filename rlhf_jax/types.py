@@ -69,3 +69,4 @@ class Rollout:
   values: jax.Array  # [B, R] the critic's value before each token
   scores: jax.Array  # [B] reward model, before any KL and before the missing-EOS rule
   finished: jax.Array  # [B] float32, 1 where the response ended with a stop token
+  stream: jax.Array | None = None  # [B, T, D] after the blocks that all networks share, if any

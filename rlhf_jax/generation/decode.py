@@ -49,8 +49,8 @@ def generate(
   B, P = prompts.tokens.shape
   R = config.max_new_tokens
   positions, segments = heads.layout(prompts.mask)
-  run = lambda *inputs: policy.apply({"params": params}, *inputs, method=heads.Policy.hidden)
-  head = lambda hidden: policy.apply({"params": params}, hidden, method=heads.Policy.logits)
+  run = lambda *inputs: policy.apply({"params": params}, *inputs, method="hidden")
+  head = lambda hidden: policy.apply({"params": params}, hidden, method="logits")
   hidden, cache = run(prompts.tokens, positions, segments, KVCache.empty(policy.config, B, P + R))
   prompt_lengths = jnp.sum(segments, axis=1)
 

@@ -5,6 +5,9 @@ Each is used only through `init` and `apply`. A policy's parameters are {"trunk"
 same tree, so a reward model starts from a policy, and a critic from a reward model, by copying it.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,9 +35,13 @@ class Policy(nn.Module):
     """Logits [B, T, V] float32; those at column t predict the token at t + 1."""
     return self.logits(self.hidden(tokens, positions, segments)[0])
 
-  def hidden(self, tokens, positions, segments, cache: KVCache | None = None):
+  def hidden(self, inputs, positions, segments, cache: KVCache | None = None, first_block=0):
     """Hidden states [B, T, D] and the updated cache; see `Transformer.__call__`."""
-    return self.trunk(tokens, positions, segments, cache)
+    return self.trunk(inputs, positions, segments, cache, first_block)
+
+  def stem(self, tokens, positions, segments, blocks: int) -> jax.Array:
+    """The stream [B, T, D] after the first blocks; see `shared_stem`."""
+    return self.trunk.stem(tokens, positions, segments, blocks)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[..., D] to [..., V], float32. Callers slice `hidden` first: V is the largest letter."""
@@ -57,9 +64,9 @@ class ScalarNetwork(nn.Module):
     std = (self.config.d_model + 1) ** -0.5
     self.score = nn.Dense(1, dtype=jnp.float32, kernel_init=nn.initializers.normal(std))
 
-  def __call__(self, tokens, positions, segments) -> jax.Array:
+  def __call__(self, inputs, positions, segments, first_block=0) -> jax.Array:
     """One float32 per token, [B, T]: what is known after reading the token."""
-    hidden, _ = self.trunk(tokens, positions, segments)
+    hidden, _ = self.trunk(inputs, positions, segments, None, first_block)
     return self.score(hidden)[..., 0]
 
 
@@ -75,6 +82,26 @@ def scalar_from_trunk(network: ScalarNetwork, trunk: Params, key: jax.Array) -> 
   kernel = jax.random.normal(key, (D, 1)) * (D + 1) ** -0.5
   score = {"kernel": kernel, "bias": jnp.zeros((1,))}
   return {"trunk": jax.tree.map(jnp.copy, trunk), "score": score}
+
+
+def shared_stem(config: ModelConfig, trunks: Sequence[Params], frozen: Params) -> int:
+  """How many of the lowest blocks are the same in all `trunks` and are not going to be trained.
+
+  Their output is the same for every network, so it can be computed once a sequence and kept
+  (`Transformer.stem`), which changes no number. `frozen` is the part of a trunk that stays as it
+  is. 0 where the embedding trains, or where layers are scanned and so have no names.
+  """
+  if config.scan_layers:
+    return 0
+  first, *others = trunks
+
+  def fixed(name: str) -> bool:
+    names = jax.tree.structure(first[name]) == jax.tree.structure(frozen.get(name))
+    same = lambda a, b: a is b or bool(jnp.array_equal(a, b))
+    return names and all(jax.tree.all(jax.tree.map(same, first[name], o[name])) for o in others)
+
+  names = ["embed", *(f"block_{i}" for i in range(config.n_layers))]
+  return max(len(list(itertools.takewhile(fixed, names))) - 1, 0)
 
 
 def layout(mask: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -21,17 +21,30 @@ def entropy(logits: jax.Array, temperature: float) -> jax.Array:
 
 
 def response_logits(
-  policy: heads.Policy, params: Params, sequences: jax.Array, mask: jax.Array, response_length: int
+  policy: heads.Policy,
+  params: Params,
+  sequences: jax.Array,
+  mask: jax.Array,
+  response_length: int,
+  first_block: int = 0,
 ) -> jax.Array:
-  """Logits [B, R, V] that predicted the last R tokens of sequences [B, T].
+  """Logits [B, R, V] that predicted the last R tokens of B rows.
 
   The logits at column t - 1 score the token at t, so the slice is [P - 1, T - 1). The head is
   applied to these columns only.
+
+  Args:
+    policy: the network.
+    params: its parameters.
+    sequences: [B, T] ids, or their stream [B, T, D] after the first `first_block` blocks.
+    mask: [B, T], 1 on real tokens.
+    response_length: R.
+    first_block: see `heads.shared_stem`.
   """
   positions, segments = heads.layout(mask)
   hidden, _ = policy.apply(
-    {"params": params}, sequences, positions, segments, method=heads.Policy.hidden
+    {"params": params}, sequences, positions, segments, None, first_block, method="hidden"
   )
-  start = sequences.shape[1] - response_length - 1
+  start = mask.shape[1] - response_length - 1
   hidden = hidden[:, start : start + response_length]
-  return policy.apply({"params": params}, hidden, method=heads.Policy.logits)
+  return policy.apply({"params": params}, hidden, method="logits")

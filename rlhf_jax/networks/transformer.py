@@ -208,14 +208,15 @@ class Transformer(nn.Module):
       self.blocks = [Block(c, name=f"block_{i}") for i in range(c.n_layers)]
     self.final_norm = RMSNorm(c.norm_eps)
 
-  def __call__(self, tokens, positions, segments, cache: KVCache | None = None):
+  def __call__(self, inputs, positions, segments, cache: KVCache | None = None, first_block=0):
     """Runs T tokens of B rows, after those in `cache` if one is given.
 
     Args:
-      tokens: [B, T] int32 ids.
+      inputs: [B, T] int32 ids; or, from a later `first_block` on, what `stem` gave, [B, T, D].
       positions: [B, T] int32, place inside the document.
       segments: [B, T] int32, 0 on padding.
       cache: the tokens before these; needs room for T more.
+      first_block: blocks before this one have been run already.
 
     Returns:
       Hidden states [B, T, D] in the compute dtype, and the cache with these tokens in it (None
@@ -226,22 +227,29 @@ class Transformer(nn.Module):
       cache = cache.replace(segments=written)
     mask = attention_mask(segments, cache)
     angles = rotary(positions, self.config.head_dim, self.config.rope_base)
-    x, keys_values = self._layers(self.embed(tokens), cache, mask, angles)
+    x = inputs if first_block else self.embed(inputs)
+    x, keys_values = self._layers(x, cache, mask, angles, first_block, self.config.n_layers)
     if cache is not None:
       keys, values = keys_values
-      cache = cache.replace(keys=keys, values=values, index=cache.index + tokens.shape[1])
+      cache = cache.replace(keys=keys, values=values, index=cache.index + segments.shape[1])
     return self.final_norm(x), cache
 
-  def _layers(self, x, cache, mask, angles):
-    """All blocks in turn; returns the stream and the layers' updated keys and values."""
+  def stem(self, tokens, positions, segments, blocks: int) -> jax.Array:
+    """The stream [B, T, D] after the first `blocks` blocks, to share between networks."""
+    angles = rotary(positions, self.config.head_dim, self.config.rope_base)
+    mask = attention_mask(segments, None)
+    return self._layers(self.embed(tokens), None, mask, angles, 0, blocks)[0]
+
+  def _layers(self, x, cache, mask, angles, first, stop):
+    """Blocks first .. stop - 1 in turn; returns the stream and their updated keys and values."""
     index = None if cache is None else cache.index
     if self.config.scan_layers:
       layer_caches = None if cache is None else (cache.keys, cache.values)
       return self.blocks(x, layer_caches, index, mask, angles)
     updated = []
-    for i, block in enumerate(self.blocks):
+    for i in range(first, stop):
       layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
-      x, layer_cache = block(x, layer_cache, index, mask, angles)
+      x, layer_cache = self.blocks[i](x, layer_cache, index, mask, angles)
       updated.append(layer_cache)
     return x, None if cache is None else tuple(zip(*updated))
 

@@ -51,7 +51,7 @@ def place(tree: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Any:
 
 
 def compile_step(step: Callable, state: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Callable:
-  """Jits `step(state, ...) -> (state, metrics)`; the state is donated and stays laid out by rule."""
+  """Jits `step(state, ...) -> (state, metrics)`; the state is donated and keeps its layout."""
   out_shardings = (partition(state, mesh, rules), NamedSharding(mesh, P()))
   return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
