@@ -74,8 +74,9 @@ def run(
   Raises:
     UserError: `batches` ended before `num_steps`.
   """
-  step, pending = int(state.step), collections.deque()
-  for step, batch in zip(range(step + 1, num_steps + 1), batches):
+  start, pending = int(state.step), collections.deque()
+  step = start
+  for step, batch in zip(range(start + 1, num_steps + 1), batches):
     state, metrics = step_fn(state, batch)
     pending.append((step, metrics))
     due = [hook for hook in hooks if hook.due(step, num_steps)]
