@@ -7,6 +7,7 @@ key, never ignored: a checkpoint that loads computes what its author's code comp
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from rlhf_jax.networks.hf_layout import Shape, Source
 from rlhf_jax.networks.transformer import ModelConfig
 from rlhf_jax.types import UserError
 
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FLOATS = ("F32", "F16", "BF16")
 SIZES = {
   "vocab_size": "vocab_size",
@@ -60,7 +62,7 @@ def open_folder(folder: pathlib.Path) -> Source:
   Raises:
     UserError: a file that is absent or damaged, or a feature that the decoder does not have.
   """
-  fields = read_fields(folder / "config.json")
+  fields = read_fields(folder / CONFIG)
   headers = {path: _headers(path) for path in weight_files(folder)}
   files = {name: path for path, shapes in headers.items() for name in shapes}
   # Older exports also hold the rotary frequencies, which every reader recomputes from the base.
@@ -110,7 +112,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
   Raises:
     UserError: none, several without an index, or a shard that the index names and that is absent.
   """
-  single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+  single, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
   if single.exists():
     return [single]
   if index.exists():
@@ -148,20 +150,17 @@ def write_folder(
   clash = sorted(set(extra) & set(decided))
   if clash:
     raise UserError(f"config.json keys {clash} follow from the model; leave them out of `extra`.")
-  weights, settings = folder / "model.safetensors", folder / "config.json"
-  drafts = weights.with_suffix(".partial"), settings.with_suffix(".partial")
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    # transformers refuses weights without this note on whose [out, in] layout they have.
-    safetensors.numpy.save_file(tensors, drafts[0], metadata={"format": "pt"})
-    drafts[1].write_text(json.dumps(decided | dict(extra), indent=2) + "\n", encoding="utf-8")
-    os.replace(drafts[0], weights)
-    os.replace(drafts[1], settings)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as draft:
+      weights, settings = pathlib.Path(draft, WEIGHTS), pathlib.Path(draft, CONFIG)
+      # transformers refuses weights without this note on whose [out, in] layout they have.
+      safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
+      settings.write_text(json.dumps(decided | dict(extra), indent=2) + "\n", encoding="utf-8")
+      os.replace(weights, folder / WEIGHTS)
+      os.replace(settings, folder / CONFIG)
   except (OSError, safetensors.SafetensorError) as error:
     raise UserError(f"cannot write the checkpoint {folder}: {error}.") from error
-  finally:
-    for draft in drafts:
-      draft.unlink(missing_ok=True)
 
 
 def _config_json(config: ModelConfig, is_scalar: bool) -> dict[str, Any]:
