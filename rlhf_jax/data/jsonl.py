@@ -33,6 +33,11 @@ class JsonlConfig:
   prompts: tuple[str, ...]
   on_malformed: Literal["error", "skip"]
 
+  def __post_init__(self):
+    twice = sorted({path for path in self.paths if self.paths.count(path) > 1})
+    if twice:
+      raise UserError(f"data files are listed more than once: {', '.join(twice)}.")
+
   @property
   def paths(self) -> tuple[str, ...]:
     return self.demonstrations + self.comparisons + self.prompts

@@ -90,7 +90,7 @@ class Tokenizer:
 
   def encode_special(self, text: str) -> list[int]:
     """Ids of text written by a template, whose special tokens count as such."""
-    return self.backend.encode(text, add_special_tokens=False).ids
+    return list(self._template_ids(text))
 
   def decode(self, ids: collections.abc.Iterable[int], skip_special: bool = True) -> str:
     return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
@@ -131,6 +131,12 @@ class Tokenizer:
     backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
     backend.encode_special_tokens = True
     return backend
+
+  @functools.cached_property
+  def _template_ids(self) -> collections.abc.Callable[[str], tuple[int, ...]]:
+    # Templates write the same few texts around every message.
+    encode = lambda text: tuple(self.backend.encode(text, add_special_tokens=False).ids)
+    return functools.lru_cache(maxsize=64)(encode)
 
   @functools.cached_property
   def _forbidden(self) -> frozenset[int]:
