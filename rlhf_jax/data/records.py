@@ -140,6 +140,20 @@ def split_of(prompt_key: str, heldout_fraction: float, seed: int) -> Split:
   return "heldout" if draw < heldout_fraction else "train"
 
 
+def to_prompt(record: Demonstration | Comparison | Prompt) -> Prompt:
+  """What a record's answers answer; of a demonstration, all before the last assistant message.
+
+  Raises:
+    UserError: a demonstration begins with the assistant, so nothing was asked.
+  """
+  if isinstance(record, Demonstration):
+    i = record.conversation.assistant_turns[-1]
+    if i == 0:
+      raise UserError("the only assistant message of a demonstration has nothing before it.")
+    return Prompt(record.conversation.prompt_before(i), record.source)
+  return Prompt(record.conversation, record.source)
+
+
 def to_json(record: Record) -> dict:
   """The record as a dict for one line of JSON; `from_json` is the inverse."""
   fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
