@@ -12,13 +12,19 @@ name), missing keys, wrong types and values out of range. Code below it reads pl
 Dataclasses carry no defaults: a number is written once, in `configs/`.
 """
 
+import ast
 import collections.abc
 import dataclasses
 import difflib
+import importlib.util
+import inspect
 import math
+import pathlib
 import types
 import typing
 from typing import Annotated, Any, Literal
+
+import ml_collections
 
 from rlhf_jax.types import UserError
 
@@ -79,6 +85,74 @@ def build(cls: type, section: Any, path: str = ""):
   if problems:
     raise UserError("\n".join(problems))
   return cls(**values)
+
+
+def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:
+  """The locked config of "configs/village.py" or "configs/hh.py:small", with values replaced.
+
+  Args:
+    path: a Python file with `get_config()` or `get_config(arg)`; what follows the colon is `arg`.
+    overrides: {"ppo.kl_coef": "0.1"}: the text of a Python literal, or plain text.
+
+  Raises:
+    UserError: no such file, no `get_config`, no such key (the nearest is named), or what
+      `get_config` itself raises.
+  """
+  file, _, arg = str(path).partition(":")
+  if not pathlib.Path(file).is_file():
+    near = sorted(str(p) for p in pathlib.Path(file).parent.glob("*.py"))
+    raise UserError(f"config file {file!r} does not exist; there are: {', '.join(near) or 'none'}.")
+  spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except SyntaxError as error:
+    raise UserError(f"config file {file}, line {error.lineno}: {error.msg}.") from error
+  if not hasattr(module, "get_config"):
+    raise UserError(f"config file {file} defines no get_config().")
+  if arg and not inspect.signature(module.get_config).parameters:
+    raise UserError(f"config file {file} takes no argument, got {arg!r}.")
+  config = module.get_config(arg) if arg else module.get_config()
+  for key, text in (overrides or {}).items():
+    override(config, key, text)
+  config.lock()
+  return config
+
+
+def override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+  """Sets config.a.b, for the key "a.b", to the value that `text` writes.
+
+  The type is not held to the old value's (a `None` may become a number); `build` checks it.
+
+  Raises:
+    UserError: there is no such key, or it is a whole section.
+  """
+  *sections, name = key.split(".")
+  for depth, part in enumerate([*sections, name]):
+    inside = isinstance(config, ml_collections.ConfigDict)
+    if not inside or part not in config:
+      known = sorted(config) if inside else []
+      where = ".".join(key.split(".")[:depth]) or "(top level)"
+      raise UserError(_unknown(where, part, known))
+    if depth < len(sections):
+      config = config[part]
+  if isinstance(config[name], ml_collections.ConfigDict):
+    inner = f"{key}.{next(iter(config[name]), 'KEY')}"
+    raise UserError(f"config {key} is a section; override its keys one by one, as {inner}=...")
+  with config.unlocked(), config.ignore_type():
+    config[name] = _literal(text, config[name])
+
+
+def _literal(text: str, old: Any) -> Any:
+  """`text` as a Python literal; as it stands where it is none or the old value is text."""
+  if isinstance(old, str) and text != "None":
+    return text
+  if isinstance(old, bool) and text.lower() in ("true", "false"):
+    return text.lower() == "true"
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
 
 
 def to_dict(config: Any) -> Any:

@@ -53,8 +53,8 @@ def recording(
   files.ensure_writable(directory)
   with (
     Jsonl(directory / "metrics.jsonl", after=after) as jsonl,
-    Timing(directory / "timing.jsonl", after=after) as timing,
     TensorBoard(directory / "tensorboard", after=after) as tensorboard,
+    Timing(directory / "timing.jsonl", after=after) as timing,
     Progress(name, num_steps, per_step=per_step, unit=unit, shown=shown) as progress,
   ):
     yield [jsonl, timing, tensorboard, progress]
