@@ -137,6 +137,11 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     settings = {k: v for k, v in config_lib.to_dict(config).items() if k != "paths"}
     return [settings, [[pathlib.Path(path).name, _digest(path)] for path in config.paths]]
 
+  @classmethod
+  def split(cls, record: Record, config: Any, prepare: PrepareConfig) -> Split:
+    """The side of the held-out split on which a record lies, by its prompt."""
+    return records.split_of(record.prompt_key, prepare.heldout_fraction, prepare.split_seed)
+
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
@@ -146,24 +151,19 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     )
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-    return {name: self._generate_examples(name) for name in self.builder_config.split_names}
+    return {
+      name: self._generate_examples(lines) for name, lines in self.builder_config.lines.items()
+    }
 
-  def _generate_examples(self, split_name: str):
-    build, number = self.builder_config, 0
-    for record in self.read(build.source, []):
-      if _split_name(type(record), _split(record, build.prepare)) == split_name:
-        text = json.dumps(records.to_json(record), ensure_ascii=False)
-        yield number, {"record": text.encode("utf-8", "surrogatepass")}
-        number += 1
+  def _generate_examples(self, lines: list[bytes]):
+    return ((i, {"record": line}) for i, line in enumerate(lines))
 
 
 @dataclasses.dataclass(eq=False)
 class _Build(tfds.core.BuilderConfig):
-  """What a builder needs to know to write; to read, its name is enough."""
+  """What a builder writes; to read a build, its name is enough."""
 
-  source: Any = None
-  prepare: PrepareConfig | None = None
-  split_names: tuple[str, ...] = ()
+  lines: dict[str, list[bytes]] = dataclasses.field(default_factory=dict, repr=False)  # by split
   skipped: str = ""  # JSON of `Skipped`
 
 
@@ -185,15 +185,17 @@ def prepare(builder: type[RecordBuilder], source: Any, config: PrepareConfig) ->
 
 
 def _scan(builder: type[RecordBuilder], source: Any, config: PrepareConfig, key: str) -> _Build:
-  counts, skipped = collections.Counter(), []
+  """Reads all of a source into memory, as JSON."""
+  lines, skipped = collections.defaultdict(list), []
   for record in builder.read(source, skipped):
-    counts[_split_name(type(record), _split(record, config))] += 1
-  if not counts:
+    text = json.dumps(records.to_json(record), ensure_ascii=False)
+    side = builder.split(record, source, config)
+    lines[_split_name(type(record), side)].append(text.encode("utf-8", "surrogatepass"))
+  if not lines:
     shown = "; ".join(skipped[:_EXAMPLES_KEPT]) or "the files are empty"
     raise UserError(f"data source {builder.name} holds no usable record: {shown}.")
   stored = json.dumps({"count": len(skipped), "examples": skipped[:_EXAMPLES_KEPT]})
-  names = tuple(sorted(counts))
-  return _Build(name=key, source=source, prepare=config, split_names=names, skipped=stored)
+  return _Build(name=key, lines=dict(sorted(lines.items())), skipped=stored)
 
 
 def _write(
@@ -220,10 +222,6 @@ def _silence():
   finally:
     tfds.enable_progress_bar()
     absl.logging.set_verbosity(verbosity)
-
-
-def _split(record: Record, config: PrepareConfig) -> Split:
-  return records.split_of(record.prompt_key, config.heldout_fraction, config.split_seed)
 
 
 def _split_name(kind: type, split: Split) -> str:

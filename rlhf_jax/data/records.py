@@ -140,18 +140,20 @@ def split_of(prompt_key: str, heldout_fraction: float, seed: int) -> Split:
   return "heldout" if draw < heldout_fraction else "train"
 
 
-def to_prompt(record: Demonstration | Comparison | Prompt) -> Prompt:
-  """What a record's answers answer; of a demonstration, all before the last assistant message.
+def to_prompt(record: Demonstration | Comparison | Prompt) -> Prompt | None:
+  """What a record's answers answer; of a demonstration, all before its last answer to a user.
 
-  Raises:
-    UserError: a demonstration begins with the assistant, so nothing was asked.
+  None for a demonstration in which the assistant never answers a user.
   """
-  if isinstance(record, Demonstration):
-    i = record.conversation.assistant_turns[-1]
-    if i == 0:
-      raise UserError("the only assistant message of a demonstration has nothing before it.")
-    return Prompt(record.conversation.prompt_before(i), record.source)
-  return Prompt(record.conversation, record.source)
+  if isinstance(record, Prompt):
+    return record
+  if isinstance(record, Comparison):
+    return Prompt(record.conversation, record.source)
+  messages = record.conversation.messages
+  for i in reversed(range(1, len(messages))):
+    if (messages[i - 1].role, messages[i].role) == ("user", "assistant"):
+      return Prompt(record.conversation.prompt_before(i), record.source)
+  return None
 
 
 def to_json(record: Record) -> dict:

@@ -5,7 +5,15 @@ import dataclasses
 from typing import Any, Literal
 
 from rlhf_jax.config import Positive
-from rlhf_jax.data import builders, hh_rlhf, instructions, jsonl, open_assistant, text
+from rlhf_jax.data import (
+  builders,
+  hh_rlhf,
+  instructions,
+  jsonl,
+  open_assistant,
+  text,
+  village_records,
+)
 from rlhf_jax.data.batches import Source
 from rlhf_jax.data.builders import FilesConfig, PrepareConfig, Prepared
 from rlhf_jax.data.records import (
@@ -17,9 +25,11 @@ from rlhf_jax.data.records import (
   to_prompt,
 )
 from rlhf_jax.data.rows import Rows
+from rlhf_jax.data.village import VillageConfig
 from rlhf_jax.types import UserError
 
 _BUILDERS: dict[str, type[builders.RecordBuilder]] = {  # by section of `DataConfig`
+  "village": village_records.Village,
   "hh_rlhf": hh_rlhf.HhRlhf,
   "open_assistant": open_assistant.OpenAssistant,
   "instructions": instructions.Instructions,
@@ -34,6 +44,7 @@ class DataConfig:
   """The sources of a run; None for one that is not used."""
 
   prepare: PrepareConfig
+  village: VillageConfig | None
   hh_rlhf: FilesConfig | None
   open_assistant: FilesConfig | None
   instructions: FilesConfig | None
@@ -77,7 +88,8 @@ class Data:
     for kind in self.config.prompts_from:
       for record in self.records(_PROMPT_KINDS[kind], split):
         prompt = to_prompt(record)
-        found.setdefault(prompt.identity, prompt)
+        if prompt is not None:
+          found.setdefault(prompt.identity, prompt)
     return list(found.values())
 
   def mixture(
