@@ -91,7 +91,7 @@ def accelerator_in_view(environ: dict[str, str]) -> bool:
   nvidia = environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and glob.glob("/dev/nvidia[0-9]*")
   if nvidia and installed("jax_cuda12_plugin", "jax_cuda13_plugin"):
     return True
-  if os.path.exists("/dev/kfd") and installed("jax_rocm60_plugin", "jax_rocm7_plugin"):
+  if os.path.exists("/dev/kfd") and installed("jax_rocm7_plugin"):
     return True
   return bool(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")) and installed("libtpu")
 

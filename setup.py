@@ -1,0 +1,67 @@
+"""The package: `pip install -e .`, with extras for what not every machine needs."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "rlhf_jax/__init__.py").read_text())[1]
+
+CORE = [
+  "absl-py>=2.1",
+  "array_record>=0.8,<1",
+  "chex>=0.1.91,<0.2",
+  "flax>=0.12,<0.13",
+  "gguf>=0.17,<1",
+  "grain>=0.2.12,<0.3",
+  "importlib_resources>=6.0",  # tensorflow_datasets needs it and does not say so
+  "jax>=0.10,<0.12",
+  "matplotlib>=3.9,<4",
+  "ml_collections>=1.0,<2",
+  "numpy>=2.0,<3",
+  "optax>=0.2.5,<0.3",
+  "orbax-checkpoint>=0.11.30,<0.13",
+  "rich>=13.9",
+  "safetensors>=0.5,<1",
+  "tensorboardX>=2.6.2,<3",
+  "tensorflow-datasets>=4.9.9,<5",  # reads and writes ArrayRecord without TensorFlow
+  "tokenizers>=0.21,<1",
+]
+
+EXTRAS = {
+  "test": [
+    "ipykernel>=6.29",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
+    "pytest>=8.3",
+    "ruff>=0.9",
+  ],
+  # Independent code that tests compare with; pinned where a test leans on its details.
+  "reference": [
+    "accelerate>=1.10",
+    "rlax==0.1.9",
+    "torch==2.13.0",
+    "transformers>=5.0,<6",
+    "trl==1.12.0",
+  ],
+  "gpu": ["jax[cuda13]>=0.10,<0.12"],
+  "tpu": ["jax[tpu]>=0.10,<0.12"],
+  "serve": [
+    "fastapi>=0.115",
+    "sqlalchemy>=2.0,<3",
+    "uvicorn>=0.34",
+  ],
+}
+
+setuptools.setup(
+  name="rlhf_jax",
+  version=VERSION,
+  description="The recipe that made ChatGPT, in JAX: SFT, comparisons, reward model, PPO, rounds.",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["rlhf_jax", "rlhf_jax.*"]),
+  install_requires=CORE,
+  extras_require=EXTRAS,
+)
