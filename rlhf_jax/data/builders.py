@@ -135,7 +135,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """What the records depend on, apart from the code: settings, and names and bytes of files."""
     files.require(config.paths, cls.OBTAIN)
     settings = {k: v for k, v in config_lib.to_dict(config).items() if k != "paths"}
-    return [settings, [[pathlib.Path(path).name, _digest(path)] for path in config.paths]]
+    return [settings, [[pathlib.Path(path).name, digest(path)] for path in config.paths]]
 
   @classmethod
   def split(cls, record: Record, config: Any, prepare: PrepareConfig) -> Split:
@@ -228,6 +228,7 @@ def _split_name(kind: type, split: Split) -> str:
   return f"{kind.__name__.lower()}_{split}"
 
 
-def _digest(path: str) -> str:
+def digest(path: str | pathlib.Path) -> str:
+  """SHA-256 of a file, in hexadecimal."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,6 +5,7 @@ those of `PrepareConfig`.
 """
 
 import collections.abc
+import pathlib
 
 import tensorflow_datasets as tfds
 
@@ -29,7 +30,9 @@ class Village(builders.RecordBuilder, skip_registration=True):
 
   @classmethod
   def fingerprint(cls, config: village.VillageConfig) -> list:
-    return [config_lib.to_dict(config)]
+    # The generator is the village's source file: another grammar is another data set.
+    code = sorted(pathlib.Path(village.__file__).parent.glob("*.py"))
+    return [config_lib.to_dict(config), [builders.digest(path) for path in code]]
 
   @classmethod
   def split(
