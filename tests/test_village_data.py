@@ -3,13 +3,14 @@
 import collections
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
 
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import village
-from rlhf_jax.data.village import gold, grammar, trainers
+from rlhf_jax.data.village import gold, grammar, phrases, trainers
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import UserError
 
@@ -54,9 +55,7 @@ def test_a_record_does_not_depend_on_how_many_there_are(demonstrations):
   assert list(village.demonstrations(fewer, "train")) == demonstrations["train"][:50]
 
 
-def test_every_demonstration_is_within_the_grammar_and_within_the_token_limits(
-  demonstrations, world
-):
+def test_every_demonstration_is_in_the_grammar_and_within_the_limits(demonstrations, world):
   for record in itertools.chain(*demonstrations.values()):
     prompt, reply = split_up(record)
     assert village.count_tokens(prompt) <= village.MAX_PROMPT_TOKENS
@@ -101,6 +100,16 @@ def test_held_out_phrasings_occur_in_the_last_message_of_rephrased_and_nowhere_e
       said = [m.content for m in record.conversation.messages if m.role == "user"]
       assert not any(map(is_held_out, said[:-1]))
       assert is_held_out(said[-1]) == (split == "rephrased"), said
+
+
+def test_held_out_phrasings_have_no_word_that_training_lacks():
+  def words(records):
+    texts = [m.content for r in records for m in r.conversation.messages]
+    return set(re.findall(grammar.PIECE, " ".join(texts)))
+
+  every_relation = dataclasses.replace(SMALL, relations=tuple(phrases.RELATIONS), heldout=1500)
+  trained = words(village.demonstrations(every_relation, "train"))
+  assert words(village.demonstrations(every_relation, "rephrased")) <= trained
 
 
 def test_every_fact_of_the_world_is_asked_in_training(world):

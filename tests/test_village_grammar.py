@@ -16,7 +16,7 @@ ALL = tuple(phrases.RELATIONS)
 
 
 def all_fillings():
-  """Every template of the table with a woman, a man, by name, by pronoun, all openers, all values."""
+  """Every template with a woman and a man, by name and by pronoun, all openers, all values."""
   for table, read in (
     (grammar.USER, grammar.read_user),
     (grammar.ASSISTANT, grammar.read_assistant),

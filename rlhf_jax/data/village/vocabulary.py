@@ -17,7 +17,7 @@ def words(world: World) -> tuple[str, ...]:
 
   They depend on the world's relations only: worlds of other seeds and sizes share their ids.
   """
-  texts = [f"Yes. Yes, yes! {' '.join(phrases.NAMES)}"]
+  texts = [" ".join(phrases.NAMES)]
   relations = (None, *world.relations)
   for template in grammar.USER + grammar.ASSISTANT:
     if template.relation in relations:
