@@ -27,8 +27,8 @@ class Document:
 def pack(lengths: collections.abc.Sequence[int], capacity: int, seed: int) -> list[list[int]]:
   """Assigns documents to rows: best fit, over the documents in a shuffled order.
 
-  Each document goes to the row with the least room that still holds it (the one opened first, of
-  several), or opens a new row. Shuffling before makes rows, and so batches, a fair sample of the
+  Each document goes to the row with the least room that still holds it (of several, the one that
+  has waited longest), or opens a new row. Shuffling before makes rows, and so batches, a fair sample of the
   documents; sorting by length, which packs a little tighter, would not.
 
   Returns:

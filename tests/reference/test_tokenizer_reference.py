@@ -2,7 +2,7 @@
 
 transformers takes vocabulary, merges and template from the metadata but not `tokenizer.ggml.pre`:
 it pre-tokenizes as GPT-2 does. SmolLM2's own tokenizer.json, like llama.cpp's "smollm", first sets
-each digit apart, so "\\n\\n1" is two tokens and not three. Texts without digits are compared as they
+each digit apart: "\\n\\n1" is two tokens, not three. Texts without digits are compared as they
 are; those with digits after giving transformers' tokenizer that pre-tokenizer.
 """
 
