@@ -51,6 +51,9 @@ class Checkpointer:
     self.directory = pathlib.Path(directory).absolute()
     self.keep = keep
     files.ensure_writable(self.directory)
+    if jax.process_index() == 0:
+      for unfinished in self.directory.glob("tmp-*"):  # of a process that was killed
+        shutil.rmtree(unfinished)
 
   def steps(self) -> list[int]:
     """The steps that were saved, oldest first."""
@@ -154,7 +157,7 @@ class Checkpointer:
 def save_params(directory: str | pathlib.Path, params: Params, config: dict) -> None:
   """Writes a finished stage: parameters, with `config.json` (what is needed to use them) beside.
 
-  A directory of that name is replaced in one rename.
+  It is whole when it appears under its name; an older one of that name is replaced.
 
   Raises:
     NonFiniteError, UserError: as `Checkpointer.save`.

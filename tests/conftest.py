@@ -1,0 +1,42 @@
+"""Every test runs on the CPU backend with eight devices; plain computations stay on the first."""
+
+import importlib.util
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+from rlhf_jax import launch
+
+os.environ.update(launch.cache_settings(os.environ))  # the second run of the suite compiles less
+
+import pytest
+
+
+def pytest_collection_modifyitems(config, items):
+  """Leaves out the tests marked `reference` where PyTorch is not installed."""
+  if importlib.util.find_spec("torch") is None:
+    kept = [item for item in items if item.get_closest_marker("reference") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _folder(variable: str) -> pathlib.Path:
+  if not os.environ.get(variable):
+    pytest.skip(f"{variable} does not name a folder")
+  return pathlib.Path(os.environ[variable])
+
+
+@pytest.fixture
+def data_folder() -> pathlib.Path:
+  """Real dialogues and comparisons, one folder a source; the test skips where there are none."""
+  return _folder("RLHF_JAX_DATA")
+
+
+@pytest.fixture
+def weights_folder() -> pathlib.Path:
+  """Real checkpoints; the test skips where there are none."""
+  return _folder("RLHF_JAX_WEIGHTS")
