@@ -228,11 +228,11 @@ def _convert_union(args: tuple, value: Any, path: str) -> Any:
 
 
 def _convert_scalar(hint: type, value: Any, path: str) -> Any:
-  """A bool is no int, an int passes for a float, and no number may be NaN."""
+  """A bool is no int, an int passes for a float, and every number is finite."""
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
   if hint is float and is_number:
-    if math.isnan(value):
-      raise UserError(f"config {path}: NaN is no number to configure with.")
+    if not math.isfinite(value):
+      raise UserError(f"config {path}: expected a finite number, got {value!r}.")
     return float(value)
   if hint is int and isinstance(value, bool) or not isinstance(value, hint):
     raise UserError(f"config {path}: expected {hint.__name__}, got {value!r}.")
