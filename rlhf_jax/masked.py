@@ -20,6 +20,7 @@ def mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 def variance(x: jax.Array, mask: jax.Array) -> jax.Array:
   """Biased variance (divided by n) of x over the entries where mask > 0."""
+  x = jnp.where(mask > 0, x, 0.0)  # the square's gradient at a NaN is NaN, even times 0
   return mean(jnp.square(x - mean(x, mask)), mask)
 
 
@@ -29,6 +30,7 @@ def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool) -> jax.Array:
   The variance is biased and 1e-8 stands inside the root, as in lm-human-preferences; PyTorch ports
   that use the unbiased variance differ (Huang et al. 2023, "The N implementation details").
   """
+  x = jnp.where(mask > 0, x, 0.0)
   center = mean(x, mask)
   whitened = (x - center) * jax.lax.rsqrt(variance(x, mask) + 1e-8)
   return jnp.where(mask > 0, whitened if shift_mean else whitened + center, 0.0)

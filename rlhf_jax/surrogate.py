@@ -45,6 +45,8 @@ def value_loss(
 
   V_old is the rollout's value, whatever the epoch (lm-human-preferences).
   """
+  keep = lambda x: jnp.where(mask > 0, x, 0.0)
+  values, old_values, returns = keep(values), keep(old_values), keep(returns)
   near_old = jnp.clip(values, old_values - cliprange, old_values + cliprange)
   plain, clipped = jnp.square(values - returns), jnp.square(near_old - returns)
   metrics = {
