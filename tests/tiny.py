@@ -1,0 +1,134 @@
+"""A model small enough to compile in a second, with weights that are not: shared by the tests.
+
+Fresh parameters give all but uniform logits, on which most mistakes would not show; `params` draws
+them so large that logits differ by several nats and attention is far from uniform.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import ppo, rollout
+from rlhf_jax.generation.sampling import SamplingConfig
+from rlhf_jax.networks import heads
+from rlhf_jax.networks.transformer import ModelConfig
+from rlhf_jax.training.optim import OptimConfig
+from rlhf_jax.types import PromptBatch
+
+PAD, EOS = 0, 1
+MODEL = ModelConfig(
+  vocab_size=40,
+  d_model=16,
+  n_layers=2,
+  n_heads=4,
+  n_kv_heads=2,
+  head_dim=4,
+  d_ff=32,
+  rope_base=100.0,
+  norm_eps=1e-5,
+  tie_embeddings=False,
+  scan_layers=False,
+  dtype="float32",
+)
+POLICY = heads.Policy(MODEL)
+SCALAR = heads.ScalarNetwork(MODEL)
+
+OPTIM = OptimConfig(
+  learning_rate=1e-2,
+  schedule="constant",
+  warmup_steps=0,
+  warmup_from=1.0,
+  final_fraction=1.0,
+  beta1=0.9,
+  beta2=0.95,
+  eps=1e-5,
+  weight_decay=0.0,
+  clip_norm=None,
+)
+SAMPLING = SamplingConfig(max_new_tokens=6, temperature=1.0, top_k=0, top_p=1.0)
+PPO = ppo.PPOConfig(
+  num_steps=10,
+  epochs=2,
+  minibatches=2,
+  gamma=1.0,
+  lam=0.95,
+  cliprange=0.2,
+  value_cliprange=0.2,
+  vf_coef=0.1,
+  whiten_rewards=False,
+  missing_eos="keep",
+  missing_eos_penalty=0.0,
+  ema_decay=0.0,
+  kl=ppo.KLConfig(coef=0.05, target=None, horizon=10_000.0),
+  ptx=ppo.PTXConfig(coef=0.0, ratio=0.0, sequence_length=8),
+  rollout=rollout.RolloutConfig(batch_size=8, prompt_length=5, sampling=SAMPLING),
+  eval_every=5,
+  frozen=(),
+  policy_optim=OPTIM,
+  value_optim=OPTIM,
+)
+
+
+def changed(config, **changes):
+  """A copy of a frozen config; `kl__coef=0.1` reaches the inner config `kl`."""
+  flat, nested = {}, {}
+  for name, value in changes.items():
+    outer, _, inner = name.partition("__")
+    if inner:
+      nested.setdefault(outer, {})[inner] = value
+    else:
+      flat[name] = value
+  flat |= {name: changed(getattr(config, name), **inner) for name, inner in nested.items()}
+  return dataclasses.replace(config, **flat)
+
+
+def params(network, seed: int):
+  """Parameters of a network with kernels of order 1/sqrt(fan in) and scales around 1."""
+  fresh = heads.init(network, jax.random.key(seed))
+  leaves, structure = jax.tree.flatten(fresh)
+  keys = jax.random.split(jax.random.key(seed + 1000), len(leaves))
+  loud = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)]
+  return jax.tree.unflatten(structure, loud)
+
+
+def random_tokens(shape, seed: int) -> np.ndarray:
+  """Ids that are neither PAD nor EOS."""
+  return np.random.default_rng(seed).integers(2, MODEL.vocab_size, shape).astype(np.int32)
+
+
+def left_padded(rows, length: int) -> PromptBatch:
+  """Prompts [B, length] from lists of ids."""
+  tokens, mask = np.full((len(rows), length), PAD, np.int32), np.zeros((len(rows), length))
+  for i, row in enumerate(rows):
+    tokens[i, length - len(row) :], mask[i, length - len(row) :] = row, 1.0
+  return PromptBatch(jnp.asarray(tokens), jnp.asarray(mask, jnp.float32))
+
+
+def right_padded(rows, length: int) -> tuple[jax.Array, jax.Array]:
+  """Tokens and mask [B, length] from lists of ids."""
+  batch = left_padded([row[::-1] for row in rows], length)
+  return batch.tokens[:, ::-1], batch.mask[:, ::-1]
+
+
+def mixed_prompts(batch: int, length: int, seed: int) -> PromptBatch:
+  """Left-padded random prompts of 1, 2, ..., length, 1, ... tokens."""
+  tokens = random_tokens((batch, length), seed)
+  return left_padded([list(row[: i % length + 1]) for i, row in enumerate(tokens)], length)
+
+
+def digest(tree) -> list[bytes]:
+  """The bytes of every leaf, to prove that nothing changed."""
+  return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def assert_trees_close(actual, expected, **tolerance):
+  """`np.testing.assert_allclose` on every leaf, naming the path that differs."""
+  jax.tree_util.tree_map_with_path(
+    lambda path, a, b: np.testing.assert_allclose(
+      a, b, err_msg=jax.tree_util.keystr(path), **tolerance
+    ),
+    actual,
+    expected,
+  )
