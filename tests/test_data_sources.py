@@ -7,7 +7,16 @@ import pathlib
 import pytest
 
 from rlhf_jax import config as config_lib
-from rlhf_jax.data import builders, files, hh_rlhf, instructions, jsonl, open_assistant, sources
+from rlhf_jax.data import (
+  builders,
+  files,
+  hh_rlhf,
+  instructions,
+  jsonl,
+  open_assistant,
+  sources,
+  village,
+)
 from rlhf_jax.data import text as text_lib
 from rlhf_jax.data.records import Comparison, Demonstration, Prompt, Text, split_of
 from rlhf_jax.text.messages import Conversation
@@ -126,6 +135,10 @@ def test_a_preference_becomes_a_comparison_unless_both_answers_are_the_same():
 def test_self_instruct_and_flattened_dialogues_are_read_too():
   task = {"instruction": "Add.", "instances": [{"input": "1", "output": "2"}] * 2}
   assert len(list(instructions.parse_instruction(task, "s"))) == 2
+  dolly = {"instruction": "Add.", "context": "1", "response": "2", "category": "open_qa"}
+  assert next(instructions.parse_instruction(dolly, "s")) == (
+    next(instructions.parse_instruction(task, "s"))
+  )
   (flat,) = instructions.parse_flat({"text": "### Human: Hi? ### Assistant: Hello."}, "s")
   assert flat.conversation == HI.with_reply("Hello.")
 
@@ -259,10 +272,23 @@ def test_a_truncated_gzip_file_is_named(tmp_path):
     prepared(tmp_path, hh_rlhf.HhRlhf, builders.FilesConfig((str(path),), "skip"))
 
 
-def test_a_json_file_must_hold_a_list(tmp_path):
-  path = write(tmp_path / "a.json", [{"instruction": "Fix."}])
-  with pytest.raises(UserError, match="a.json must hold a JSON list"):
-    list(files.items(path))
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "c4-train.00000-of-01024.json.gz"])
+def test_a_list_and_lines_are_told_apart_by_content_not_by_name(tmp_path, name):
+  path = write(tmp_path / name, [{"text": "a"}, {"text": "b"}])
+  assert [(where, load()["text"]) for where, load in files.items(path)] == [
+    (f"{path} line 1", "a"),
+    (f"{path} line 2", "b"),
+  ]
+  path = write(tmp_path / name, ["\n", [{"text": "a"}, {"text": "b"}]])
+  assert [(where, load()["text"]) for where, load in files.items(path)] == [
+    (f"{path} item 1", "a"),
+    (f"{path} item 2", "b"),
+  ]
+
+
+def test_a_broken_list_is_named(tmp_path):
+  with pytest.raises(UserError, match="a.json: not valid JSON"):
+    list(files.items(write(tmp_path / "a.json", ['[{"text": "a"}, '])))
 
 
 def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
@@ -348,8 +374,6 @@ def test_a_source_without_a_weight_and_a_run_without_a_source_are_refused(tmp_pa
 
 
 def test_the_village_is_prepared_with_its_own_split(tmp_path):
-  from rlhf_jax.data import village
-
   small = config_lib.to_dict(village.STANDARD)
   small |= {"demonstrations": 60, "prompts": 30, "heldout": 10, "texts": 20}
   section = data_section(tmp_path, village=small) | {"prompts_from": ["prompt"]}

@@ -34,7 +34,7 @@ _EXAMPLES_KEPT = 5  # descriptions of skipped items that are kept, to show what 
 class FilesConfig:
   """Where a source's files are, and what to do with an item that is not as documented."""
 
-  paths: tuple[str, ...]  # .jsonl or .json, each may end in .gz
+  paths: tuple[str, ...]  # JSON, one value a line or one list; each may end in .gz
   on_malformed: Literal["error", "skip"]
 
 
@@ -178,9 +178,10 @@ def prepare(builder: type[RecordBuilder], source: Any, config: PrepareConfig) ->
   settings = [config.heldout_fraction, config.split_seed]
   content = json.dumps([str(builder.VERSION), settings, builder.fingerprint(source)])
   key = hashlib.sha256(content.encode()).hexdigest()[:16]
-  folder = pathlib.Path(config.data_dir) / builder.name / key / str(builder.VERSION)
+  data_dir = pathlib.Path(config.data_dir).expanduser()
+  folder = data_dir / builder.name / key / str(builder.VERSION)
   if not folder.exists():
-    _write(builder, _scan(builder, source, config, key), config.data_dir, folder)
+    _write(builder, _scan(builder, source, config, key), data_dir, folder)
   return Prepared(builder.name, tfds.builder_from_directory(folder))
 
 
@@ -199,7 +200,7 @@ def _scan(builder: type[RecordBuilder], source: Any, config: PrepareConfig, key:
 
 
 def _write(
-  builder: type[RecordBuilder], build: _Build, data_dir: str, folder: pathlib.Path
+  builder: type[RecordBuilder], build: _Build, data_dir: pathlib.Path, folder: pathlib.Path
 ) -> None:
   try:
     with _silence():

@@ -5,8 +5,9 @@ transformed into a dialogue format." The items read here, in JSON or one a line:
 
   {"instruction", "input", "output"}                        Alpaca and its kin
   {"instruction", "input", "output", "chosen", "rejected"}  the same with a preference
+  {"instruction", "context", "response"}                    Dolly
   {"instruction", "instances": [{"input", "output"}, ...]}  self-instruct
-  {"text": "### Human: ... ### Assistant: ..."}             Dolly and others, flattened
+  {"text": "### Human: ... ### Assistant: ..."}             dialogues on one line
 
 An instruction with an input has several natural forms in the mouth of a user. Which one an item
 takes depends on its content alone, so that a model meets them all and the order does not matter.
@@ -61,6 +62,7 @@ def user_message(instruction: str, given: str) -> str:
 def parse_instruction(item: Any, source: str) -> collections.abc.Iterator[Record]:
   """A `Demonstration` for each output, and a `Comparison` of chosen and rejected if they differ."""
   instruction = _text(item, "instruction")
+  given, output = ("context", "response") if "response" in item else ("input", "output")
   if "instances" in item:
     cases = item["instances"]
     if not isinstance(cases, list) or not cases:
@@ -68,8 +70,8 @@ def parse_instruction(item: Any, source: str) -> collections.abc.Iterator[Record
   else:
     cases = [item]
   for case in cases:
-    prompt = Conversation.of(("user", user_message(instruction, _text(case, "input", empty=True))))
-    yield Demonstration(prompt.with_reply(_text(case, "output")), source)
+    prompt = Conversation.of(("user", user_message(instruction, _text(case, given, empty=True))))
+    yield Demonstration(prompt.with_reply(_text(case, output)), source)
   if "chosen" in item or "rejected" in item:
     chosen, rejected = _text(item, "chosen"), _text(item, "rejected")
     if chosen != rejected:

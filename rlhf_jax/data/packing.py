@@ -28,8 +28,8 @@ def pack(lengths: collections.abc.Sequence[int], capacity: int, seed: int) -> li
   """Assigns documents to rows: best fit, over the documents in a shuffled order.
 
   Each document goes to the row with the least room that still holds it (of several, the one that
-  has waited longest), or opens a new row. Shuffling before makes rows, and so batches, a fair sample of the
-  documents; sorting by length, which packs a little tighter, would not.
+  has waited longest), or opens a new row. Shuffling before makes rows, and so batches, a fair
+  sample of the documents; sorting by length, which packs a little tighter, would not.
 
   Returns:
     for each row, the indices of its documents in the order in which they stand there.

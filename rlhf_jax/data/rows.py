@@ -15,6 +15,7 @@ from rlhf_jax.data import packing
 from rlhf_jax.data.records import Comparison, Demonstration, Prompt, Record, Text
 from rlhf_jax.text import dialogue
 from rlhf_jax.text.dialogue import ChatTemplate, OnTooLong
+from rlhf_jax.text.messages import Conversation
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import PromptBatch, RankingBatch, UserError
 
@@ -53,18 +54,20 @@ def demonstration_rows(
 
   What the user says after the assistant's last message teaches nothing and is left out.
   """
+  fit = _Fit(template, tokenizer, on_too_long)
+  encode = functools.partial(
+    dialogue.encode, template=template, tokenizer=tokenizer, supervise=supervise
+  )
   documents, skipped = [], 0
   for record in demonstrations:
     whole = record.conversation
     whole = whole.prompt_before(whole.assistant_turns[-1] + 1)
-    fitting = _fit(record, whole, max_tokens, template, tokenizer, on_too_long)
-    if fitting is None:
+    encoded = fit(record, whole, max_tokens, encode)
+    if encoded is None:
       skipped += 1
-      continue
-    encoded = dialogue.encode(fitting, template, tokenizer, supervise=supervise)
-    documents.append(
-      packing.Document(np.array(encoded.ids, np.int32), np.array(encoded.loss_mask, np.float32))
-    )
+    else:
+      mask = np.array(encoded.loss_mask, np.float32)
+      documents.append(packing.Document(np.array(encoded.ids, np.int32), mask))
   return _token_rows(documents, tokenizer, max_tokens, packing_seed, skipped)
 
 
@@ -99,13 +102,15 @@ def prompt_rows(
   on_too_long: OnTooLong,
 ) -> Rows:
   """Rows of a `PromptBatch`, `max_tokens` = P wide."""
+  fit = _Fit(template, tokenizer, on_too_long)
+  encode = functools.partial(dialogue.encode_prompt, template=template, tokenizer=tokenizer)
   contents, skipped = [], 0
   for record in prompts:
-    fitting = _fit(record, record.conversation, max_tokens, template, tokenizer, on_too_long)
-    if fitting is None:
+    ids = fit(record, record.conversation, max_tokens, encode)
+    if ids is None:
       skipped += 1
     else:
-      contents.append(np.array(dialogue.encode_prompt(fitting, template, tokenizer), np.int32))
+      contents.append(np.array(ids, np.int32))
   build = functools.partial(_prompt_row, max_tokens=max_tokens, pad_id=tokenizer.pad_id)
   return Rows(contents, build, skipped)
 
@@ -127,6 +132,8 @@ def ranking_rows(
   Raises:
     UserError: a comparison has more answers than there are slots, or (by choice) one does not fit.
   """
+  fit = _Fit(template, tokenizer, on_too_long)
+  encode = functools.partial(dialogue.encode_prompt, template=template, tokenizer=tokenizer)
   contents, skipped = [], 0
   for record in comparisons:
     if len(record.responses) > max_responses:
@@ -136,11 +143,10 @@ def ranking_rows(
       )
     responses = [dialogue.encode_response(r, template, tokenizer) for r in record.responses]
     room = max_tokens - max(map(len, responses))
-    fitting = _fit(record, record.conversation, room, template, tokenizer, on_too_long)
-    if fitting is None:
+    prompt = fit(record, record.conversation, room, encode)
+    if prompt is None:
       skipped += 1
       continue
-    prompt = dialogue.encode_prompt(fitting, template, tokenizer)
     contents.append(
       tuple(
         (np.array(prompt + response, np.int32), len(response), rank)
@@ -153,13 +159,27 @@ def ranking_rows(
   return Rows(contents, build, skipped)
 
 
-def _fit(record: Record, conversation, max_tokens, template, tokenizer, on_too_long):
-  """`dialogue.truncate`, with the record named where it cannot."""
-  try:
-    return dialogue.truncate(conversation, max_tokens, template, tokenizer, on_too_long=on_too_long)
-  except UserError as error:
-    kind = type(record).__name__.lower()
-    raise UserError(f"{kind} {record.identity} of {record.source}: {error}") from error
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+  """Encodes a conversation, cut to whole turns if that is what it takes to fit."""
+
+  template: ChatTemplate
+  tokenizer: Tokenizer
+  on_too_long: OnTooLong
+
+  def __call__(self, record: Record, conversation: Conversation, max_tokens: int, encode) -> Any:
+    """What `encode` gives, at most `max_tokens` long, or None; errors name the record."""
+    encoded = encode(conversation)
+    if len(encoded) <= max_tokens:
+      return encoded
+    try:
+      kept = dialogue.truncate(
+        conversation, max_tokens, self.template, self.tokenizer, on_too_long=self.on_too_long
+      )
+    except UserError as error:
+      kind = type(record).__name__.lower()
+      raise UserError(f"{kind} {record.identity} of {record.source}: {error}") from error
+    return None if kept is None else encode(kept)
 
 
 def _token_rows(

@@ -1,12 +1,13 @@
 """Plain text for the language-model loss that PPO-ptx mixes in (InstructGPT, section 3.5).
 
-`.jsonl` files hold one document a line under the key "text". Every other file is taken as running
+Files with ".json" in their name hold documents under the key "text". Every other file is running
 text and divided into documents at blank lines: paragraphs are gathered until a document has
 `document_chars` characters, so that a book can be shuffled and partly held out.
 """
 
 import collections.abc
 import dataclasses
+import pathlib
 import re
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 class TextConfig:
   """Where documents are, and how long those cut from running text become."""
 
-  paths: tuple[str, ...]  # .jsonl or text, each may end in .gz
+  paths: tuple[str, ...]  # JSON or text, each may end in .gz
   on_malformed: Literal["error", "skip"]
   document_chars: PositiveInt  # characters after which a document of running text ends
 
@@ -37,7 +38,7 @@ class PlainText(builders.RecordBuilder, skip_registration=True):
 
   @classmethod
   def items(cls, path: str, config: TextConfig) -> collections.abc.Iterator[files.LocatedItem]:
-    if ".json" in path:
+    if ".json" in pathlib.Path(path).name:
       yield from files.items(path)
       return
     for number, text in enumerate(documents(files.read_text(path), config.document_chars), start=1):

@@ -83,6 +83,9 @@ class Encoded:
   ids: tuple[int, ...]
   loss_mask: tuple[int, ...]
 
+  def __len__(self) -> int:
+    return len(self.ids)
+
 
 def render(conversation: Conversation, template: ChatTemplate) -> str:
   """The conversation as text, for reading and for comparison with other implementations."""
