@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import pathlib
 
 import pytest
@@ -14,13 +13,6 @@ from rlhf_jax.text import dialogue
 from rlhf_jax.text.dialogue import CHATML, PLAIN
 from rlhf_jax.text.messages import parse_plain
 from rlhf_jax.text.tokenizer import train_bpe
-
-
-@pytest.fixture(scope="module")
-def data() -> pathlib.Path:
-  if "RLHF_JAX_DATA" not in os.environ:
-    pytest.skip("needs RLHF_JAX_DATA, a folder with the files that docs/data.md names")
-  return pathlib.Path(os.environ["RLHF_JAX_DATA"])
 
 
 def prepared(tmp_path, builder, config):
@@ -37,8 +29,8 @@ def lines(path: pathlib.Path) -> list:
 
 
 @pytest.mark.parametrize("name", ["harmless-base", "helpful-base"])
-def test_every_hh_pair_becomes_a_comparison_or_is_counted(data, tmp_path, name):
-  path = data / "hh-rlhf" / f"{name}.jsonl.gz"
+def test_every_hh_pair_becomes_a_comparison_or_is_counted(data_folder, tmp_path, name):
+  path = data_folder / "hh-rlhf" / f"{name}.jsonl.gz"
   pairs = lines(path)
   source = prepared(tmp_path, hh_rlhf.HhRlhf, builders.FilesConfig((str(path),), "skip"))
   assert count(source, Comparison) + source.skipped.count == len(pairs)
@@ -48,16 +40,16 @@ def test_every_hh_pair_becomes_a_comparison_or_is_counted(data, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["harmless-base", "helpful-base"])
-def test_hh_dialogues_render_back_to_their_text_but_for_white_space(data, name):
-  for pair in lines(data / "hh-rlhf" / f"{name}.jsonl.gz"):
+def test_hh_dialogues_render_back_to_their_text_but_for_white_space(data_folder, name):
+  for pair in lines(data_folder / "hh-rlhf" / f"{name}.jsonl.gz"):
     for text in pair.values():
       rendered = dialogue.render(parse_plain(text), PLAIN).replace(PLAIN.end, "")
       assert rendered.split() == text.split()
 
 
 @pytest.mark.conformance("A2")
-def test_every_instruction_item_becomes_a_valid_dialogue_and_round_trips(data):
-  folder = data / "instructions"
+def test_every_instruction_item_becomes_a_valid_dialogue_and_round_trips(data_folder):
+  folder = data_folder / "instructions"
   items = []
   for name in ("instruction-data", "instruction-data-with-preference"):
     items += json.loads(gzip.decompress((folder / f"{name}.json.gz").read_bytes()))
@@ -79,16 +71,16 @@ def test_every_instruction_item_becomes_a_valid_dialogue_and_round_trips(data):
     )
 
 
-def test_every_dolly_line_is_a_question_and_an_answer(data):
-  for item in lines(data / "dolly-open-qa" / "open_qa.jsonl.gz"):
+def test_every_dolly_line_is_a_question_and_an_answer(data_folder):
+  for item in lines(data_folder / "dolly-open-qa" / "open_qa.jsonl.gz"):
     (record,) = instructions.parse_flat(item, "s")
     user, assistant = record.conversation.messages
     flat = f"### Human: {user.content} ### Assistant: {assistant.content}"
     assert flat.split() == item["text"].split()
 
 
-def test_open_assistant_trees_hold_the_rankings_that_are_also_listed(data, tmp_path):
-  folder = data / "open-assistant"
+def test_open_assistant_trees_hold_the_rankings_that_are_also_listed(data_folder, tmp_path):
+  folder = data_folder / "open-assistant"
   found = {}
   for name in ("en_trees", "kway"):
     config = builders.FilesConfig((str(folder / f"{name}.jsonl.gz"),), "error")
@@ -101,8 +93,8 @@ def test_open_assistant_trees_hold_the_rankings_that_are_also_listed(data, tmp_p
   assert {len(responses) for _, responses, _ in found["kway"]} == {2, 3, 4, 5, 6, 8, 9}
 
 
-def test_pretraining_text_keeps_all_of_its_words(data, tmp_path):
-  path = data / "text" / "wikitext-2-valid.txt.gz"
+def test_pretraining_text_keeps_all_of_its_words(data_folder, tmp_path):
+  path = data_folder / "text" / "wikitext-2-valid.txt.gz"
   config = text_lib.TextConfig((str(path),), "error", 3000)
   source = prepared(tmp_path, text_lib.PlainText, config)
   both = [record.text for split in ("train", "heldout") for record in source.records(Text, split)]
@@ -112,9 +104,9 @@ def test_pretraining_text_keeps_all_of_its_words(data, tmp_path):
 
 
 @pytest.mark.conformance("B17", "A3")
-def test_the_supervised_tokens_of_real_packed_dialogues_are_the_assistants_words(data):
+def test_the_supervised_tokens_of_real_packed_dialogues_are_the_assistants_words(data_folder):
   specials = ("<|pad|>", "<|im_start|>", "<|im_end|>")
-  pairs = lines(data / "hh-rlhf" / "helpful-base.jsonl.gz")[:60]
+  pairs = lines(data_folder / "hh-rlhf" / "helpful-base.jsonl.gz")[:60]
   texts = [pair["chosen"] for pair in pairs]
   tokenizer = train_bpe(texts, 1000, specials, eos="<|im_end|>", pad="<|pad|>")
   records = [Demonstration(parse_plain(text), "hh") for text in texts]

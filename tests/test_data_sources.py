@@ -235,7 +235,8 @@ def test_no_prompt_is_on_both_sides_of_a_prepared_split(tmp_path):
   [
     ('{"chosen": "\\n\\nHuman: a\n', "line 2: not valid JSON.*column"),
     ({"chosen": "x", "rejected": "y"}, "line 2: a dialogue must begin"),
-    ('"\udcff"\n', "line 2"),
+    ('"\udcff"\n', "line 2: not UTF-8"),
+    (pair("Hi?", "\ud83d", "No."), "line 2: message content holds a lone surrogate"),
   ],
 )
 def test_a_malformed_record_stops_with_file_line_and_reason_or_is_counted(tmp_path, broken, reason):

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-import pathlib
 import struct
 
 import gguf
@@ -18,12 +16,6 @@ TEXTS = ("Hello there, world!", "  two  spaces\n\n", "été 東京 🙂", "12345
 
 def trained(corpus=("Hello there, world! Hello again.",) * 4, vocab_size=300) -> Tokenizer:
   return train_bpe(corpus, vocab_size, SPECIALS, eos="<|im_end|>", pad="<|pad|>")
-
-
-def folder(variable: str) -> pathlib.Path:
-  if variable not in os.environ:
-    pytest.skip(f"needs {variable}, a folder with the files that docs/data.md names")
-  return pathlib.Path(os.environ[variable])
 
 
 def test_any_text_decodes_to_itself():
@@ -180,10 +172,13 @@ def test_llama2c_pieces_are_joined_best_score_first(tmp_path):
   assert tokenizer.encode("abcd") == [ids[" "], ids["a"], ids["bc"], ids["<0x64>"]]
   assert tokenizer.decode(tokenizer.encode("abcd é")) == "abcd é"
   assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)
+  assert Tokenizer.load(tmp_path / "tok.bin", eos="<s>").eos_id == 1
+  with pytest.raises(UserError, match="'<end>' is not a special token"):
+    Tokenizer.load(tmp_path / "tok.bin", eos="<end>")
 
 
-def test_the_stories_tokenizer_agrees_with_llama2c():
-  path = folder("RLHF_JAX_WEIGHTS") / "stories260K" / "tok512.bin"
+def test_the_stories_tokenizer_agrees_with_llama2c(weights_folder):
+  path = weights_folder / "stories260K" / "tok512.bin"
   if not path.exists():
     pytest.skip(f"{path} is not there")
   tokenizer = Tokenizer.load(path)
@@ -193,12 +188,11 @@ def test_the_stories_tokenizer_agrees_with_llama2c():
   assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_gpt2_tokenizer_files_round_trip_real_text():
-  data = folder("RLHF_JAX_DATA")
-  names = (data / "gpt2-tokenizer" / name for name in ("vocab.json.gz", "merges.txt.gz"))
+def test_gpt2_tokenizer_files_round_trip_real_text(data_folder):
+  names = (data_folder / "gpt2-tokenizer" / name for name in ("vocab.json.gz", "merges.txt.gz"))
   tokenizer = from_vocab_merges(*names)
   assert tokenizer.encode("Hello world") == [15496, 995]
   assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (50256, 50257, 50258)
-  with gzip.open(data / "text" / "tinyshakespeare.txt.gz", "rt") as file:
+  with gzip.open(data_folder / "text" / "tinyshakespeare.txt.gz", "rt") as file:
     text = file.read()[:20_000]
   assert tokenizer.decode(tokenizer.encode(text)) == text

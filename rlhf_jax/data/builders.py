@@ -191,7 +191,7 @@ def _scan(builder: type[RecordBuilder], source: Any, config: PrepareConfig, key:
   for record in builder.read(source, skipped):
     text = json.dumps(records.to_json(record), ensure_ascii=False)
     side = builder.split(record, source, config)
-    lines[_split_name(type(record), side)].append(text.encode("utf-8", "surrogatepass"))
+    lines[_split_name(type(record), side)].append(text.encode())
   if not lines:
     shown = "; ".join(skipped[:_EXAMPLES_KEPT]) or "the files are empty"
     raise UserError(f"data source {builder.name} holds no usable record: {shown}.")
@@ -231,5 +231,5 @@ def _split_name(kind: type, split: Split) -> str:
 
 def digest(path: str | pathlib.Path) -> str:
   """SHA-256 of a file, in hexadecimal."""
-  with open(path, "rb") as file:
+  with pathlib.Path(path).expanduser().open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ LocatedItem = tuple[str, collections.abc.Callable[[], Any]]
 def require(paths: collections.abc.Iterable[str], obtain: str) -> None:
   """Raises UserError for the first path that is no file, with `obtain` as the remedy."""
   for path in paths:
-    if not pathlib.Path(path).is_file():
+    if not pathlib.Path(path).expanduser().is_file():
       raise UserError(f"data file {path} does not exist. {obtain}")
 
 
@@ -54,7 +54,8 @@ def _lines(path: str) -> collections.abc.Iterator[bytes]:
 
 
 def _open(path: str) -> BinaryIO:
-  return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+  file = pathlib.Path(path).expanduser()
+  return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
 
 
 def _list_items(path: str) -> collections.abc.Iterator[LocatedItem]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Literal, TypeVar
 
-from rlhf_jax.text.dialogue import Conversation
+from rlhf_jax.text.messages import Conversation, check_text
 from rlhf_jax.types import UserError
 
 Split = Literal["train", "heldout"]
@@ -60,8 +60,8 @@ class Comparison:
       )
     if any(type(rank) is not int or rank < 0 for rank in self.ranks) or min(self.ranks) != 0:
       raise UserError(f"ranks must be whole numbers with 0 for the best, got {list(self.ranks)}.")
-    if any(not isinstance(text, str) for text in self.responses + self.authors):
-      raise UserError("responses and authors of a comparison must be text.")
+    for text in self.responses + self.authors:
+      check_text(text, "a response or author of a comparison")
 
   @functools.cached_property
   def identity(self) -> str:
@@ -101,8 +101,9 @@ class Text:
   source: str
 
   def __post_init__(self):
-    if not isinstance(self.text, str) or not self.text.strip():
-      raise UserError(f"a document must hold text, got {self.text!r:.80}.")
+    check_text(self.text, "a document")
+    if not self.text.strip():
+      raise UserError("a document must hold text, this one is empty.")
 
   @functools.cached_property
   def identity(self) -> str:
@@ -196,7 +197,7 @@ _HASH_LETTERS = 16
 def _hash(content: object) -> str:
   """64 bits of SHA-256 over canonical JSON, in hexadecimal."""
   canonical = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-  return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:_HASH_LETTERS]
+  return hashlib.sha256(canonical.encode()).hexdigest()[:_HASH_LETTERS]
 
 
 def _tuple(value: object, name: str) -> tuple:

@@ -12,6 +12,16 @@ _PLAIN_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 _PLAIN_HEADER = re.compile(r"\n\n(Human|Assistant):")
 
 
+def check_text(value: object, name: str) -> None:
+  """Raises UserError unless `value` is text that UTF-8 can write (JSON can hold half an emoji)."""
+  if not isinstance(value, str):
+    raise UserError(f"{name} must be text, got {value!r:.80}.")
+  try:
+    value.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise UserError(f"{name} holds a lone surrogate at character {error.start}.") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Message:
   """What one side said in one turn."""
@@ -22,8 +32,7 @@ class Message:
   def __post_init__(self):
     if self.role not in get_args(Role):
       raise UserError(f"message role {self.role!r} is not one of {', '.join(get_args(Role))}.")
-    if not isinstance(self.content, str):
-      raise UserError(f"message content must be text, got {self.content!r}.")
+    check_text(self.content, "message content")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from rlhf_jax.types import UserError
 
-# Tokens that serve as padding where a tokenizer names none (or names its EOS), best first. They
-# stand in no text that `encode` yields.
+# Tokens that serve as padding where a tokenizer names none (or names its EOS), best first.
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
 
 _GGUF_CONTROL = 3  # token_type of a special token in GGUF metadata
@@ -68,7 +67,7 @@ class Tokenizer:
     if path.suffix == ".gguf":
       return from_gguf(path, eos=eos, pad=pad)
     if path.suffix == ".bin":
-      return from_llama2c(path)
+      return from_llama2c(path, eos=eos, pad=pad)
     return _from_json(path / "tokenizer.json" if path.is_dir() else path, eos, pad)
 
   def save(self, folder: str | pathlib.Path) -> None:
@@ -195,7 +194,9 @@ def from_vocab_merges(vocab: str | pathlib.Path, merges: str | pathlib.Path) -> 
   return Tokenizer(backend, eos="<|endoftext|>", pad="<|pad|>", bos=None)
 
 
-def from_llama2c(path: str | pathlib.Path) -> Tokenizer:
+def from_llama2c(
+  path: str | pathlib.Path, *, eos: str | None = None, pad: str | None = None
+) -> Tokenizer:
   """The tokenizer of a llama2.c model, whose file lists pieces and scores of a sentencepiece BPE.
 
   sentencepiece joins the neighbours that make the piece with the best score, so every way to split
@@ -221,7 +222,7 @@ def from_llama2c(path: str | pathlib.Path) -> Tokenizer:
     [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
   )
   backend.add_special_tokens([_special(text) for text in pieces[:3]])
-  return Tokenizer(backend, eos="</s>", pad="<unk>", bos="<s>")
+  return Tokenizer(backend, eos=eos or "</s>", pad=pad or "<unk>", bos="<s>")
 
 
 def train_bpe(
@@ -233,11 +234,9 @@ def train_bpe(
   pad: str,
 ) -> Tokenizer:
   """A byte-level BPE for small models trained from scratch; `specials` get the first ids."""
-  smallest = 256 + len(specials)
-  if vocab_size < smallest:
-    raise UserError(
-      f"vocab_size {vocab_size} is below {smallest}, the 256 bytes and {len(specials)} specials."
-    )
+  least = 256 + len(specials)
+  if vocab_size < least:
+    raise UserError(f"vocab_size {vocab_size} is below {least}: 256 bytes and the specials.")
   backend = _byte_level_bpe({}, [])
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,
