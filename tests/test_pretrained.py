@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import struct
 
 import gguf
@@ -14,9 +12,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from rlhf_jax.generation import decode, sampling
 from rlhf_jax.networks import heads, hf_layout, pretrained, transformer
 from rlhf_jax.networks.transformer import ModelConfig
-from rlhf_jax.types import UserError
+from rlhf_jax.text.tokenizer import Tokenizer
+from rlhf_jax.types import PromptBatch, UserError
 
 # No two sizes of a matrix agree, so a transposition cannot go unseen; rows are whole GGUF blocks.
 TINY = ModelConfig(
@@ -567,42 +567,26 @@ def test_a_file_that_is_no_llama2c_checkpoint_is_a_clear_error(tmp_path, change,
     pretrained.load(path)
 
 
-def weights_file(name):
-  """A real checkpoint under $RLHF_JAX_WEIGHTS; skips the test where there is none."""
-  if "RLHF_JAX_WEIGHTS" not in os.environ:
-    pytest.skip("RLHF_JAX_WEIGHTS does not name a folder of checkpoints")
-  found = sorted(pathlib.Path(os.environ["RLHF_JAX_WEIGHTS"]).rglob(name))
-  if not found:
-    pytest.skip(f"{name} is not under RLHF_JAX_WEIGHTS")
-  return found[0]
-
-
-def test_stories260k_tells_the_story_that_its_authors_print():
+def test_stories260k_tells_the_story_that_its_authors_print(weights_folder):
   """The greedy text in the model's own card, as llama2.c's run.c writes it."""
-  path = weights_file("stories260K.bin")
+  path = next(weights_folder.rglob("stories260K.bin"), None)
+  if path is None:
+    pytest.skip(f"stories260K.bin is not under {weights_folder}")
   fields, params = pretrained.load(path)
+  tokenizer = Tokenizer.load(path.parent / "tok512.bin")
   policy = heads.Policy(ModelConfig(**fields, scan_layers=False, dtype="float32"))
-  T = 48
-
-  @jax.jit
-  def story(params):
-    def extend(t, tokens):
-      logits = policy.apply({"params": params}, tokens, *heads.layout(jnp.ones((1, T))))
-      return tokens.at[0, t + 1].set(jnp.argmax(logits[0, t]))
-
-    return jax.lax.fori_loop(0, T - 1, extend, jnp.ones((1, T), jnp.int32))
-
-  ids = np.asarray(story(params))[0, 1:]
-  pieces, content = [], (path.parent / "tok512.bin").read_bytes()
-  place = 4  # after the length of the longest piece
-  while place < len(content):
-    _, length = struct.unpack_from("fi", content, place)
-    pieces.append(content[place + 8 : place + 8 + length].decode())
-    place += 8 + length
-  told = "".join(pieces[i] for i in ids).strip()
+  greedy = sampling.SamplingConfig(max_new_tokens=155, temperature=0.0, top_k=0, top_p=1.0)
+  prompt = PromptBatch(jnp.full((1, 1), tokenizer.bos_id), jnp.ones((1, 1)))
+  tell = jax.jit(
+    lambda params, key: decode.generate(
+      policy, params, prompt, key, config=greedy, stop_ids=(), pad_id=tokenizer.pad_id
+    )
+  )
+  story = tokenizer.decode(tell(params, jax.random.key(0)).tokens[0])
   card = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
-    "One day, she saw a big, red ball."
+    "One day, she saw a big, red ball. She wanted to play with it, but it was too high.\n"
+    "Lily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know what to do. She "
+    'said, "I want to play with your ball, but I can\'t find it."\nLily was sad'
   )
-  assert card.startswith(told) or told.startswith(card)
-  assert len(told) > 80
+  assert story.strip().startswith(card)

@@ -4,6 +4,9 @@ The tests of this folder hold our code against code that we did not write, run l
 transformers, TRL and rlax. Each is skipped where its library is not installed.
 """
 
+import importlib
+import importlib.util
+
 import numpy as np
 import pytest
 
@@ -11,6 +14,13 @@ from rlhf_jax.networks import hf_layout, pretrained
 from rlhf_jax.networks.transformer import ModelConfig
 
 PAD, EOS = 0, 2  # ids; never the same
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread():
+  """PyTorch's threads spin at barriers; beside XLA's on few cores that costs more than it saves."""
+  if importlib.util.find_spec("torch") is not None:
+    importlib.import_module("torch").set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

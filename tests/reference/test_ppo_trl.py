@@ -97,12 +97,16 @@ SHARED_METRICS = {  # TRL's name: ours
 
 @pytest.fixture
 def models(make_llama):
-  """Four different networks, so that none can stand in for another unnoticed."""
+  """Four different networks, so that none can stand in for another unnoticed; one layer each."""
+  kinds = {
+    "policy": "CausalLM",
+    "reference": "CausalLM",
+    "reward": "SequenceClassification",
+    "critic": "SequenceClassification",
+  }
   return {
-    "policy": make_llama("CausalLM", seed=0),
-    "reference": make_llama("CausalLM", seed=1),
-    "reward": make_llama("SequenceClassification", seed=2),
-    "critic": make_llama("SequenceClassification", seed=3),
+    name: make_llama(kind, seed=seed, num_hidden_layers=1)
+    for seed, (name, kind) in enumerate(kinds.items())
   }
 
 

@@ -37,7 +37,7 @@ QUESTIONS = (
   "Why is the sky blue?",
   "Name three animals that live in the sea, as a list.",
 )
-NEW_TOKENS = 24
+NEW_TOKENS = 20
 
 
 @pytest.fixture(scope="module")
