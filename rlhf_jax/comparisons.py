@@ -8,17 +8,17 @@ ranked and which model wrote each answer.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import jax
 import numpy as np
 
 from rlhf_jax.config import Count, PositiveInt, Range
-from rlhf_jax.data.records import Comparison, Demonstration, Prompt
+from rlhf_jax.data.records import Comparison, Demonstration
 from rlhf_jax.generation.respond import Responder
 from rlhf_jax.generation.sampling import SamplingConfig
 from rlhf_jax.text.messages import Conversation
-from rlhf_jax.types import Params
+from rlhf_jax.types import Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,21 @@ class ComparisonConfig:
   prompts: PositiveInt  # conversations a round
   responses: Annotated[int, Range(low=2)]  # K sampled alternatives (InstructGPT: 4 to 9)
   include_original: bool  # rank the message that stood there too
+  include_recorded: bool  # train the reward model on the data sources' own comparisons as well
   heldout_prompts: Count  # further conversations, never trained on, that measure accuracy
   batch_size: PositiveInt  # rows sampled at once
   prompt_length: PositiveInt  # P, tokens
   sampling: SamplingConfig
+
+
+class Labeler(Protocol):
+  """Who ranks; see `labelers/`."""
+
+  name: str
+
+  def rank(self, conversation: Conversation, responses: Sequence[str]) -> tuple[int, ...]:
+    """Ranks [K], 0 for the best; equal ranks are ties."""
+    ...
 
 
 def choose_turn(conversation: Conversation, seed: int) -> tuple[Conversation, str]:
@@ -47,29 +58,27 @@ def choose_turn(conversation: Conversation, seed: int) -> tuple[Conversation, st
 
 
 def draw_prompts(
-  records: Sequence[Demonstration | Prompt], count: int, seed: int, fits: Callable
-) -> list[tuple[Conversation, str | None]]:
-  """`count` prompts with what was said there (None where nobody answered yet), in a random order.
+  demonstrations: Sequence[Demonstration], count: int, seed: int, fits: Callable
+) -> list[tuple[Conversation, str]]:
+  """`count` prompts with what was said there, from dialogues in a random order.
 
-  Passes over the records in a new order each time they run out; a dialogue drawn again may give
-  another of its turns. Prompts for which `fits(prompt)` is false are passed over.
+  Goes through the dialogues in a new order each time they run out; one that is drawn again may
+  give another of its turns. Prompts for which `fits(prompt)` is false are passed over.
+
+  Raises:
+    UserError: no dialogue gives a prompt that fits.
   """
-  chosen = []
-  for epoch in range(1 + count):
-    order = np.random.default_rng([seed, epoch]).permutation(len(records))
-    before = len(chosen)
-    for i in order:
-      record = records[int(i)]
-      pick = (record.conversation, None)
-      if isinstance(record, Demonstration):
-        pick = choose_turn(record.conversation, seed + epoch)
-      if fits(pick[0]):
-        chosen.append(pick)
-      if len(chosen) == count:
-        return chosen
-    if len(chosen) == before:
-      break
-  raise ValueError(f"none of the {len(records)} records gives a prompt that fits")
+  chosen, epoch = [], 0
+  while len(chosen) < count:
+    order = np.random.default_rng([seed, epoch]).permutation(len(demonstrations))
+    picks = (choose_turn(demonstrations[int(i)].conversation, seed + epoch) for i in order)
+    found = [pick for pick in picks if fits(pick[0])]
+    if not found:
+      raise UserError(
+        f"none of {len(demonstrations)} dialogues gives a prompt that fits; raise prompt_length."
+      )
+    chosen, epoch = chosen + found, epoch + 1
+  return chosen[:count]
 
 
 def collect(
@@ -79,8 +88,7 @@ def collect(
   prompts: Sequence[tuple[Conversation, str | None]],
   key: jax.Array,
   *,
-  rank: Callable[[Conversation, Sequence[str]], Sequence[int]],
-  labeler: str,
+  labelers: Sequence[Labeler],
   author: str,
 ) -> list[Comparison]:
   """Samples K alternatives to each prompt and has them ranked.
@@ -89,10 +97,9 @@ def collect(
     config: K, and whether the original is ranked as well.
     responder: samples the answers.
     params: of the policy that answers.
-    prompts: conversations that wait for a reply, with the one that was given, if any.
+    prompts: conversations that wait for a reply, with the one that was given.
     key: of this round.
-    rank: (conversation, answers) to ranks, 0 for the best, ties allowed.
-    labeler: who ranks, as the records will say.
+    labelers: take turns; each ranks whole prompts.
     author: which policy answers, as the records will say.
   """
   K = config.responses
@@ -102,17 +109,17 @@ def collect(
   for i, (conversation, original) in enumerate(prompts):
     answers = [reply.text for reply in replies[i * K : (i + 1) * K]]
     authors = [author] * K
-    if config.include_original and original is not None:
+    if config.include_original:
       answers.append(original)
       authors.append("original")
-    ranks = tuple(int(r) for r in rank(conversation, answers))
+    labeler = labelers[i % len(labelers)]
     collected.append(
       Comparison(
         conversation=conversation,
         responses=tuple(answers),
-        ranks=ranks,
+        ranks=labeler.rank(conversation, answers),
         authors=tuple(authors),
-        labeler=labeler,
+        labeler=labeler.name,
         source=author,
       )
     )

@@ -62,6 +62,7 @@ class PPOConfig:
   kl: KLConfig
   ptx: PTXConfig
   rollout: rollout.RolloutConfig
+  eval_every: PositiveInt  # steps between held-out figures and checkpoints
   frozen: tuple[str, ...]  # regexes over trunk paths that stay as they are, in both networks
   policy_optim: optim.OptimConfig
   value_optim: optim.OptimConfig

@@ -34,6 +34,7 @@ class RewardConfig:
   batch_size: PositiveInt  # prompts a step
   max_responses: PositiveInt  # K, slots a prompt
   sequence_length: PositiveInt  # tokens of prompt and answer
+  eval_every: PositiveInt  # steps between held-out figures and checkpoints
   frozen: tuple[str, ...]  # regexes over parameter paths that stay as they are
   optim: optim.OptimConfig
 

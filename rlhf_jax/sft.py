@@ -6,6 +6,7 @@ the assistant's. The checkpoint is chosen on held-out loss.
 """
 
 import dataclasses
+from typing import Literal
 
 import flax.struct
 import jax
@@ -26,7 +27,8 @@ class SFTConfig:
   num_steps: PositiveInt
   batch_size: PositiveInt  # rows of sequence_length tokens a step
   sequence_length: PositiveInt  # tokens
-  eval_every: PositiveInt  # steps between held-out losses; the best one is kept
+  supervise: Literal["all", "last"]  # assistant messages that carry loss
+  eval_every: PositiveInt  # steps between held-out losses, each with a checkpoint
   frozen: tuple[str, ...]  # regexes over parameter paths that stay as they are
   optim: optim.OptimConfig
 

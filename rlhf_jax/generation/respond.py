@@ -58,9 +58,7 @@ class Responder:
   def fits(self, conversation: Conversation) -> bool:
     """Whether the conversation, perhaps without its oldest turns, fits into `prompt_length`."""
     limit = self.prompt_length
-    kept = dialogue.truncate(
-      conversation, limit, self.template, self.tokenizer, on_too_long="skip"
-    )
+    kept = dialogue.truncate(conversation, limit, self.template, self.tokenizer, on_too_long="skip")
     return kept is not None
 
   def prompt_batches(self, conversations: Sequence[Conversation]) -> Iterator[PromptBatch]:
@@ -76,11 +74,9 @@ class Responder:
     for batch in batches.once(padded, self.batch_size):
       yield mesh_lib.put_batch(self.mesh, batch)
 
-  def decode(self, completion: decode.Completion) -> list[Reply]:
-    """Every row as text."""
-    tokens, mask, finished = jax.device_get(
-      (completion.tokens, completion.mask, completion.finished)
-    )
+  def decode(self, tokens, mask, finished) -> list[Reply]:
+    """Every row [B, R] as text."""
+    tokens, mask, finished = jax.device_get((tokens, mask, finished))
     return [
       Reply(
         dialogue.decode_response(ids[live > 0], self.template, self.tokenizer),
@@ -96,5 +92,6 @@ class Responder:
     """One sampled reply to each conversation, in order; chunk i draws with fold_in(key, i)."""
     replies = []
     for i, prompts in enumerate(self.prompt_batches(conversations)):
-      replies += self.decode(self.generate(params, prompts, jax.random.fold_in(key, i)))
+      done = self.generate(params, prompts, jax.random.fold_in(key, i))
+      replies += self.decode(done.tokens, done.mask, done.finished)
     return replies[: len(conversations)]

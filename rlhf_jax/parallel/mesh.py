@@ -67,9 +67,9 @@ def check_batch(mesh: Mesh, size: int, name: str) -> None:
     )
 
 
-def put_batch(mesh: Mesh, batch: Any) -> Any:
-  """Host arrays onto the mesh, their leading axis split over the batch axes."""
-  return jax.device_put(batch, NamedSharding(mesh, BATCH))
+def put_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
+  """Host arrays onto the mesh, one axis (the leading one) split over the batch axes."""
+  return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(*(None,) * axis, *BATCH)))
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:

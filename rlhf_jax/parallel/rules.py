@@ -50,6 +50,12 @@ def place(tree: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Any:
   return jax.device_put(tree, partition(tree, mesh, rules))
 
 
+def abstract(tree: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Any:
+  """Shapes, dtypes and shardings of `tree`: what a checkpoint is restored onto."""
+  describe = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return jax.tree.map(describe, tree, partition(tree, mesh, rules))
+
+
 def compile_step(step: Callable, state: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Callable:
   """Jits `step(state, ...) -> (state, metrics)`; the state is donated and keeps its layout."""
   out_shardings = (partition(state, mesh, rules), NamedSharding(mesh, P()))

@@ -1,0 +1,150 @@
+"""The whole recipe in a closed world where every answer can be checked.
+
+  python experiments/chatgpt.py --config=configs/village.py --workdir=runs/village
+
+Arguments: `village.py:tiny` runs every stage in seconds, for tests; it learns next to nothing.
+"""
+
+from ml_collections import ConfigDict
+
+from rlhf_jax import config as config_lib
+from rlhf_jax.data import village
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """The config named by `arg`: "" for the real thing, "tiny" for tests."""
+  config = standard()
+  if arg == "tiny":
+    shrink(config)
+  elif arg:
+    raise ValueError(f"configs/village.py has no variant {arg!r}; use none, or 'tiny'.")
+  return config
+
+
+def standard() -> ConfigDict:
+  config = ConfigDict()
+  config.seed = 0
+  config.rounds = 2
+  config.mesh = dict(data=-1, fsdp=1, tensor=1)
+  config.text = dict(template="village", tokenizer="village", vocab_size=1, on_too_long="error")
+  config.pretrained = None
+
+  config.model = dict(
+    vocab_size=288,  # the village's few hundred words, rounded up
+    d_model=128,
+    n_layers=4,
+    n_heads=4,
+    n_kv_heads=4,
+    head_dim=32,
+    d_ff=384,
+    rope_base=10_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+    scan_layers=False,
+    dtype="float32",
+  )
+
+  config.data = dict(
+    prepare=dict(data_dir="~/.cache/rlhf_jax/data", heldout_fraction=0.1, split_seed=0),
+    village=config_lib.to_dict(village.STANDARD),
+    hh_rlhf=None,
+    open_assistant=None,
+    instructions=None,
+    jsonl=None,
+    text=None,
+    weights=dict(village=1.0),
+    prompts_from=("prompt",),
+  )
+
+  config.sft = dict(
+    num_steps=900,
+    batch_size=32,  # rows
+    sequence_length=128,  # tokens; dialogues are packed
+    supervise="last",  # earlier turns hold mistakes on purpose
+    eval_every=150,
+    frozen=(),
+    optim=optim(2e-3, "cosine", final_fraction=0.1, warmup_steps=50),
+  )
+
+  config.comparisons = dict(
+    prompts=1_500,
+    responses=4,  # K; InstructGPT: 4 to 9
+    include_original=False,
+    include_recorded=False,
+    heldout_prompts=200,
+    batch_size=256,
+    prompt_length=44,
+    sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0),
+  )
+  config.gold = "village"
+  config.gold_model = None
+  config.labelers = dict(
+    seed=0,
+    labelers=3,
+    noise=0.0,
+    disagreement=0.0,
+    length_bias=0.0,
+    tie_margin=0.0,
+    flip_rate=0.0,
+  )
+
+  config.reward = dict(
+    num_epochs=1,  # InstructGPT, appendix C.2: more overfits
+    batch_size=16,  # prompts
+    max_responses=4,
+    sequence_length=70,
+    eval_every=50,
+    frozen=(),
+    optim=optim(5e-4, "cosine", final_fraction=0.1, warmup_steps=10),
+  )
+
+  config.ppo = dict(
+    num_steps=60,
+    epochs=4,  # N+; InstructGPT: 1
+    minibatches=2,
+    gamma=1.0,
+    lam=0.95,
+    cliprange=0.2,
+    value_cliprange=0.2,
+    vf_coef=0.1,
+    whiten_rewards=False,
+    missing_eos="replace",  # N+
+    missing_eos_penalty=5.0,
+    ema_decay=0.0,
+    kl=dict(coef=0.05, target=None, horizon=10_000.0),
+    ptx=dict(coef=0.0, ratio=1.0, sequence_length=64),
+    rollout=dict(
+      batch_size=256,
+      prompt_length=44,
+      sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0),
+    ),
+    eval_every=10,
+    frozen=(),
+    policy_optim=optim(3e-4, "linear", final_fraction=0.0, warmup_steps=0),
+    value_optim=optim(1e-3, "linear", final_fraction=0.0, warmup_steps=0),
+  )
+
+  config.evaluation = dict(prompts=500, examples=27)
+  return config
+
+
+def optim(
+  learning_rate: float, schedule: str, final_fraction: float, warmup_steps: int
+) -> dict[str, float | str | int]:
+  """AdamW with InstructGPT's betas (appendix C) and N+'s epsilon."""
+  return dict(
+    learning_rate=learning_rate,
+    schedule=schedule,
+    warmup_steps=warmup_steps,
+    warmup_from=0.1,
+    final_fraction=final_fraction,
+    beta1=0.9,
+    beta2=0.95,
+    eps=1e-5,
+    weight_decay=0.0,
+    clip_norm=1.0,
+  )
+
+
+def shrink(config: ConfigDict) -> None:
+  """Every stage in seconds."""

@@ -1,0 +1,204 @@
+"""The whole recipe: supervised fine-tuning, then rounds of comparisons, reward model and PPO.
+
+Each phase is a function of what earlier phases left in the working directory, and leaves a folder
+with a `done.json`. A killed run goes on with the same command: finished phases are passed over, the
+one that was cut off goes on from its newest checkpoint, and every random number depends only on the
+seed, the phase and the step. `lineage.json` says what was made from what.
+
+  workdir/sft/                  policy/
+  workdir/gold/                 reward_model/          where a reward model plays the people
+  workdir/round_1/comparisons/  train.jsonl, heldout.jsonl
+  workdir/round_1/reward/       reward_model/
+  workdir/round_1/before/                              what the policy is like before PPO ...
+  workdir/round_1/ppo/          policy/, policy_last/
+  workdir/round_1/after/                               ... and after it
+"""
+
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_jax import comparisons, phases, rollout
+from rlhf_jax import config as config_lib
+from rlhf_jax.data import records, village
+from rlhf_jax.data.records import Comparison, Demonstration
+from rlhf_jax.evaluation import measure
+from rlhf_jax.experiment import Run
+from rlhf_jax.labelers import gold as gold_lib
+from rlhf_jax.labelers import simulated
+from rlhf_jax.parallel import rules
+from rlhf_jax.training import checkpoint, files
+from rlhf_jax.types import Params
+
+Result = dict[str, Any]  # what a phase has to say, as JSON
+
+
+def phase(run: Run, name: str, work: Callable[[pathlib.Path], Result]) -> Result:
+  """Does `work(folder)` unless it is done; what it returns is kept in the folder's done.json."""
+  marker = run.workdir / name / "done.json"
+  if not marker.exists():
+    (run.workdir / name).mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    result = work(run.workdir / name)
+    seconds = round(time.monotonic() - began, 1)
+    files.write_json_atomic(marker, {"seconds": seconds, "result": result})
+  return files.read_json(marker)["result"]
+
+
+def sft(run: Run) -> Result:
+  """Supervised fine-tuning, to `sft/policy`."""
+
+  def work(folder: pathlib.Path) -> Result:
+    save(run, folder / "policy", phases.supervise(run, folder))
+    demonstrations = run.data.by_source(Demonstration, "train")
+    return {
+      "policy": "sft/policy",
+      "pretrained": run.config.pretrained,
+      "demonstrations": {name: len(some) for name, some in demonstrations.items()},
+    }
+
+  return phase(run, "sft", work)
+
+
+def gold(run: Run) -> gold_lib.Gold:
+  """The true reward: the village's, or a reward model fitted to people's comparisons."""
+  if run.config.gold == "village":
+    return gold_lib.of_village(village.build_world(run.config.data.village))
+
+  def work(folder: pathlib.Path) -> Result:
+    split = lambda side: run.data.records(Comparison, side)
+    trunk = run.initial_policy()["trunk"]
+    config = run.config.gold_model
+    model, heldout = phases.fit_reward(run, folder, config, trunk, split("train"), split("heldout"))
+    save(run, folder / "reward_model", model)
+    return {"reward_model": "gold/reward_model", "heldout": heldout}
+
+  result = phase(run, "gold", work)
+  scorer = gold_lib.Scorer(
+    run.scalar,
+    run.tokenizer,
+    run.template,
+    run.mesh,
+    run.config.reward.sequence_length,
+    run.config.reward.max_responses,
+  )
+  return gold_lib.of_reward_model("gold", scorer, load(run, result["reward_model"]))
+
+
+def compare(run: Run, round_name: str, policy: str, truth: gold_lib.Gold) -> Result:
+  """Fresh comparisons of the current policy's answers, ranked by the panel of labelers."""
+  config = run.config.comparisons
+  labelers = simulated.panel(truth.totals, run.config.labelers)
+
+  def work(folder: pathlib.Path) -> Result:
+    responder = run.responder(config.sampling, config.prompt_length, config.batch_size)
+    params, result = load(run, policy), {"policy": policy, "labelers": [l.name for l in labelers]}
+    for side, count in (("train", config.prompts), ("heldout", config.heldout_prompts)):
+      seed = run.seed(round_name, side)
+      dialogues = run.data.records(Demonstration, side)
+      prompts = comparisons.draw_prompts(dialogues, count, seed, responder.fits)
+      key = run.key(round_name, "comparisons", side)
+      found = comparisons.collect(
+        config, responder, params, prompts, key, labelers=labelers, author=policy
+      )
+      lines = [json.dumps(records.to_json(record)) + "\n" for record in found]
+      files.write_text_atomic(folder / f"{side}.jsonl", "".join(lines))
+      result[side] = {
+        "file": f"{round_name}/comparisons/{side}.jsonl",
+        "comparisons": [record.identity for record in found],
+      }
+    return result
+
+  return phase(run, f"{round_name}/comparisons", work)
+
+
+def refit(run: Run, round_name: str, rounds: list[Result], sft_policy: str) -> Result:
+  """A new reward model, from the SFT policy's trunk, on the comparisons of all rounds so far."""
+
+  def work(folder: pathlib.Path) -> Result:
+    read = lambda side: [c for r in rounds for c in read_comparisons(run, r[side]["file"])]
+    trunk = load(run, sft_policy)["trunk"]
+    train, heldout = read("train"), read("heldout")
+    if run.config.comparisons.include_recorded:
+      train = run.data.records(Comparison, "train") + train
+    model, figures = phases.fit_reward(run, folder, run.config.reward, trunk, train, heldout)
+    save(run, folder / "reward_model", model)
+    return {
+      "reward_model": f"{round_name}/reward/reward_model",
+      "trained_on": [r["train"]["file"] for r in rounds],
+      "recorded_comparisons": len(train) - sum(len(r["train"]["comparisons"]) for r in rounds),
+      "heldout": figures,
+    }
+
+  return phase(run, f"{round_name}/reward", work)
+
+
+def improve(run: Run, round_name: str, policy: str, reward_model: str, reference: str) -> Result:
+  """PPO from `policy` against `reward_model`, held near `reference`."""
+
+  def work(folder: pathlib.Path) -> Result:
+    judges = rollout.Judges(load(run, reference), load(run, reward_model))
+    last, average = phases.train_policy(run, folder, load(run, policy), judges)
+    save(run, folder / "policy", average)
+    save(run, folder / "policy_last", last)
+    return {
+      "policy": f"{round_name}/ppo/policy",
+      "started_from": policy,
+      "reward_model": reward_model,
+      "reference": reference,
+    }
+
+  return phase(run, f"{round_name}/ppo", work)
+
+
+def assess(
+  run: Run, name: str, policy: str, reward_model: str, reference: str, truth: gold_lib.Gold
+) -> Result:
+  """Measures a policy on held-out prompts."""
+
+  def work(folder: pathlib.Path) -> Result:
+    judges = rollout.Judges(load(run, reference), load(run, reward_model))
+    return {"policy": policy, **measure.measure(run, load(run, policy), judges, truth)}
+
+  return phase(run, name, work)
+
+
+def chatgpt(run: Run) -> dict[str, Any]:
+  """Everything in order; returns the lineage, which stands in `lineage.json` too."""
+  start = sft(run)
+  truth = gold(run)
+  policy = reference = start["policy"]
+  lineage = {"config": config_lib.to_dict(run.config), "sft": start, "rounds": []}
+  found = []
+  for number in range(1, run.config.rounds + 1):
+    name = f"round_{number}"
+    found.append(compare(run, name, policy, truth))
+    fitted = refit(run, name, found, reference)
+    model = fitted["reward_model"]
+    assess(run, f"{name}/before", policy, model, reference, truth)
+    improved = improve(run, name, policy, model, reference)
+    policy = improved["policy"]
+    assess(run, f"{name}/after", policy, model, reference, truth)
+    lineage["rounds"].append({"comparisons": found[-1], "reward": fitted, "ppo": improved})
+    files.write_json_atomic(run.workdir / "lineage.json", lineage)
+  return lineage
+
+
+def save(run: Run, folder: pathlib.Path, params: Params) -> None:
+  """Parameters with what it takes to use them: model sizes and chat template."""
+  about = {"model": config_lib.to_dict(run.config.model), "template": run.template.name}
+  checkpoint.save_params(folder, params, about)
+
+
+def load(run: Run, path: str) -> Params:
+  """Parameters from a path inside the working directory, on the mesh."""
+  params, _ = checkpoint.load_params(run.workdir / path)
+  return rules.place(params, run.mesh)
+
+
+def read_comparisons(run: Run, path: str) -> list[Comparison]:
+  """The comparisons in a file of the working directory."""
+  lines = (run.workdir / path).read_text(encoding="utf-8").splitlines()
+  return [records.from_json(Comparison, json.loads(line)) for line in lines]

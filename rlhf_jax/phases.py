@@ -1,0 +1,272 @@
+"""The stages at work: each goes from records and parameters to parameters, in a folder of its own.
+
+What is computed is in `sft.py`, `reward.py` and `ppo.py`; here each gets its data, its optimiser
+and its place on the mesh, and is run to its end by `fit`, or on from where it was killed.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import ppo, reward, rollout, sft
+from rlhf_jax.data import batches, rows
+from rlhf_jax.data.records import Comparison, Demonstration, Split, Text
+from rlhf_jax.experiment import Run
+from rlhf_jax.fit import Stage, fit
+from rlhf_jax.generation.respond import Responder
+from rlhf_jax.networks import heads
+from rlhf_jax.parallel import mesh as mesh_lib
+from rlhf_jax.parallel import rules
+from rlhf_jax.training import optim
+from rlhf_jax.types import Params
+
+CENTERING_DEMONSTRATIONS = 512  # at most so many set the reward model's zero
+
+
+def supervise(run: Run, directory: pathlib.Path) -> Params:
+  """Supervised fine-tuning; returns the policy with the lowest held-out loss."""
+  config = run.config.sft
+  trainable, frozen = optim.split(run.initial_policy(), config.frozen)
+  optimizer = optim.make(config.optim, config.num_steps)
+  state = sft.init(trainable, optimizer)
+  abstract = rules.abstract(state, run.mesh)
+  step = functools.partial(sft.step, policy=run.policy, optimizer=optimizer)
+  step = rules.compile_step(step, state, run.mesh)
+  make_rows = functools.partial(demonstration_rows, run, config.sequence_length, pack=True)
+  sources = run.data.mixture(Demonstration, "train", make_rows)
+  heldout = make_rows(run.data.records(Demonstration, "heldout"))
+  measure = summed(run, functools.partial(sft.evaluate, run.policy), heldout, config.batch_size)
+
+  def evaluate(state: sft.SFTState) -> dict[str, float]:
+    sums = measure(optim.merge(state.params, frozen))
+    loss, accuracy = sums["nll"] / sums["tokens"], sums["correct"] / sums["tokens"]
+    return {"sft/heldout_loss": loss, "sft/heldout_accuracy": accuracy, "score": -loss}
+
+  stage = Stage(
+    name="sft",
+    directory=directory,
+    num_steps=config.num_steps,
+    eval_every=config.eval_every,
+    unit="tokens",
+    per_step=config.batch_size * config.sequence_length,
+    shown=("sft/loss", "sft/accuracy"),
+  )
+  stream = batch_stream(run, sources, config.batch_size)
+  _, checkpoints = fit(stage, lambda s, b: step(s, b, frozen), state, stream, evaluate)
+  best = checkpoints.restore(abstract, checkpoints.best_step())
+  return optim.merge(best.state.params, frozen)
+
+
+def fit_reward(
+  run: Run,
+  directory: pathlib.Path,
+  config: reward.RewardConfig,
+  trunk: Params,
+  train: Sequence[Comparison],
+  heldout: Sequence[Comparison],
+) -> tuple[Params, dict[str, Any]]:
+  """Fits a reward model on `trunk` to comparisons; returns it centred, with held-out figures."""
+  make_rows = functools.partial(
+    rows.ranking_rows,
+    template=run.template,
+    tokenizer=run.tokenizer,
+    max_tokens=config.sequence_length,
+    max_responses=config.max_responses,
+    on_too_long=run.config.text.on_too_long,
+  )
+  source = batches.Source("comparisons", make_rows(train), 1.0)
+  num_steps = config.num_epochs * max(len(source.rows) // config.batch_size, 1)
+  params = heads.scalar_from_trunk(run.scalar, trunk, run.key("reward head"))
+  trainable, frozen = optim.split(rules.place(params, run.mesh), config.frozen)
+  optimizer = optim.make(config.optim, num_steps)
+  state = reward.init(trainable, optimizer)
+  step = functools.partial(reward.step, network=run.scalar, optimizer=optimizer)
+  step = rules.compile_step(step, state, run.mesh)
+  evaluate_batch = functools.partial(reward.evaluate, run.scalar)
+  measure = summed(run, evaluate_batch, make_rows(heldout), config.batch_size)
+
+  def evaluate(state: reward.RewardState) -> dict[str, float]:
+    figures = reward.summarize(measure(optim.merge(state.params, frozen)))
+    return {f"reward/heldout_{name}": figures[name] for name in ("loss", "accuracy")}
+
+  stage = Stage(
+    name="reward",
+    directory=directory,
+    num_steps=num_steps,
+    eval_every=config.eval_every,
+    unit="prompts",
+    per_step=config.batch_size,
+    shown=("reward/loss", "reward/accuracy"),
+  )
+  stream = batch_stream(run, [source], config.batch_size)
+  state, _ = fit(stage, lambda s, b: step(s, b, frozen), state, stream, evaluate)
+  params = optim.merge(state.params, frozen)
+  zero = demonstration_score(run, params, config)
+  return reward.center(params, zero), reward.summarize(measure(params))
+
+
+def demonstration_score(run: Run, params: Params, config: reward.RewardConfig) -> float:
+  """The mean score of trainers' demonstrations, which becomes the reward model's zero."""
+
+  def measure(params: Params, batch):
+    mask = (batch.segments > 0).astype(jnp.float32)
+    held = jnp.any(mask > 0, axis=1)  # a batch may be filled up with empty rows
+    scores = reward.score_sequences(run.scalar, params, batch.tokens, mask)
+    return {"sum": jnp.sum(jnp.where(held, scores, 0.0)), "count": jnp.sum(held)}
+
+  demonstrations = run.data.records(Demonstration, "train")[:CENTERING_DEMONSTRATIONS]
+  padded = demonstration_rows(run, config.sequence_length, demonstrations, pack=False)
+  sums = summed(run, measure, padded, config.batch_size)(params)
+  return sums["sum"] / sums["count"]
+
+
+def train_policy(
+  run: Run, directory: pathlib.Path, policy: Params, judges: rollout.Judges
+) -> tuple[Params, Params]:
+  """PPO from `policy`; the critic starts as a copy of the reward model.
+
+  Returns the policy after the last step, and the moving average of it (the same without one).
+  """
+  config = run.config.ppo
+  copy = functools.partial(jax.tree.map, jnp.copy)  # the state is donated, what it came from stays
+  policy_part, frozen_policy = optim.split(policy, config.frozen)
+  critic_part, frozen_critic = optim.split(judges.reward, config.frozen)
+  trunks = [params["trunk"] for params in (policy, judges.reward, judges.reference)]
+  stem = heads.shared_stem(run.config.model, trunks, frozen_policy.get("trunk", {}))
+  learner = ppo.make_learner(run.policy, run.scalar, config, stem)
+  state = ppo.init(learner, copy(policy_part), copy(critic_part), run.key(directory.parent.name))
+  update = rules.compile_step(functools.partial(ppo.update, learner=learner), state, run.mesh)
+  _, sample = sampler(run, stem)
+
+  def step(state: ppo.PPOState, batch):
+    prompts, text = batch
+    current = optim.merge(state.policy, frozen_policy), optim.merge(state.critic, frozen_critic)
+    seen = sample(*current, judges, prompts, ppo.keys(state)[0])
+    return update(state, (frozen_policy, frozen_critic), seen, text)
+
+  heldout, _ = next(experience_stream(run, "heldout")(0))
+
+  def evaluate(state: ppo.PPOState) -> dict[str, float]:
+    critic, key = optim.merge(state.critic, frozen_critic), run.key("heldout rollouts")
+    answer = lambda part: sample(optim.merge(part, frozen_policy), critic, judges, heldout, key)
+    figures = ppo.evaluate(answer(state.policy))
+    if config.ema_decay:
+      of_ema = ppo.evaluate(answer(state.ema))
+      figures |= {f"{name}_ema": value for name, value in of_ema.items()}
+    return {name: float(value) for name, value in jax.device_get(figures).items()}
+
+  stage = Stage(
+    name="ppo",
+    directory=directory,
+    num_steps=config.num_steps,
+    eval_every=config.eval_every,
+    unit="episodes",
+    per_step=config.rollout.batch_size,
+    shown=("objective/scores", "objective/kl"),
+  )
+  state, _ = fit(stage, step, state, experience_stream(run, "train"), evaluate)
+  average = state.ema if config.ema_decay else state.policy
+  return optim.merge(state.policy, frozen_policy), optim.merge(average, frozen_policy)
+
+
+def sampler(run: Run, stem_blocks: int) -> tuple[Responder, Callable]:
+  """How rollouts are made: the responder, and `(policy, critic, judges, prompts, key) -> Rollout`.
+
+  The latter is two compiled functions in a row.
+  """
+  config = run.config.ppo.rollout
+  responder = run.responder(config.sampling, config.prompt_length, config.batch_size)
+  score = jax.jit(
+    functools.partial(
+      rollout.score,
+      run.policy,
+      run.scalar,
+      temperature=config.sampling.temperature,
+      stem_blocks=stem_blocks,
+    )
+  )
+
+  def sample(policy: Params, critic: Params, judges: rollout.Judges, prompts, key):
+    return score(judges, critic, prompts, responder.generate(policy, prompts, key))
+
+  return responder, sample
+
+
+def experience_stream(run: Run, split: Split) -> Callable[[int], Iterator]:
+  """From a step on: the prompts of each step, and the pretraining rows that go with it, or None.
+
+  Pretraining rows come as [updates, rows, T], one slice for each optimiser step.
+  """
+  config = run.config.ppo
+  padded = rows.prompt_rows(
+    run.data.prompts(split),
+    run.template,
+    run.tokenizer,
+    max_tokens=config.rollout.prompt_length,
+    on_too_long=run.config.text.on_too_long,
+  )
+  source = batches.Source("prompts", padded, 1.0)
+  prompts = batch_stream(run, [source], config.rollout.batch_size)
+  if not config.ptx_rows or split == "heldout":
+    return lambda step: ((batch, None) for batch in prompts(step))
+  make_rows = functools.partial(
+    rows.text_rows,
+    tokenizer=run.tokenizer,
+    max_tokens=config.ptx.sequence_length,
+    packing_seed=run.config.seed,
+  )
+  sources = run.data.mixture(Text, "train", make_rows)
+  texts = host_batches(run, sources, config.updates * config.ptx_rows)
+  fold = lambda x: x.reshape(config.updates, -1, *x.shape[1:])
+  put = lambda batch: mesh_lib.put_batch(run.mesh, jax.tree.map(fold, batch), axis=1)
+  return lambda step: zip(prompts(step), map(put, texts.starting_at(step)))
+
+
+def demonstration_rows(
+  run: Run, max_tokens: int, demonstrations: Sequence[Demonstration], *, pack: bool
+) -> rows.Rows:
+  """Dialogues as rows, several in one where `pack`."""
+  return rows.demonstration_rows(
+    demonstrations,
+    run.template,
+    run.tokenizer,
+    max_tokens=max_tokens,
+    supervise=run.config.sft.supervise,
+    on_too_long=run.config.text.on_too_long,
+    packing_seed=run.config.seed if pack else None,
+  )
+
+
+def host_batches(run: Run, sources: Sequence[batches.Source], batch_size: int) -> batches.Batches:
+  """This process's part of an endless, shuffled mixture."""
+  return batches.endless(
+    sources,
+    batch_size,
+    seed=run.config.seed,
+    shard_index=jax.process_index(),
+    shard_count=jax.process_count(),
+  )
+
+
+def batch_stream(
+  run: Run, sources: Sequence[batches.Source], batch_size: int
+) -> Callable[[int], Iterator]:
+  """The same on the mesh, from any step on."""
+  stream = host_batches(run, sources, batch_size)
+  return lambda step: (mesh_lib.put_batch(run.mesh, b) for b in stream.starting_at(step))
+
+
+def summed(run: Run, measure: Callable, heldout: rows.Rows, batch_size: int) -> Callable:
+  """`params -> sums`: what `measure(params, batch)` gives, added up over all held-out rows."""
+  measure = jax.jit(measure)
+  on_mesh = [mesh_lib.put_batch(run.mesh, b) for b in batches.once(heldout, batch_size)]
+
+  def over_all(params: Params) -> dict[str, Any]:
+    sums = [jax.device_get(measure(params, batch)) for batch in on_mesh]
+    return jax.tree.map(lambda *parts: sum(parts).tolist(), *sums)
+
+  return over_all
