@@ -85,12 +85,15 @@ def changed(config, **changes):
 
 
 def params(network, seed: int):
-  """Parameters of a network with kernels of order 1/sqrt(fan in) and scales around 1."""
-  fresh = heads.init(network, jax.random.key(seed))
-  leaves, structure = jax.tree.flatten(fresh)
-  keys = jax.random.split(jax.random.key(seed + 1000), len(leaves))
-  loud = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)]
-  return jax.tree.unflatten(structure, loud)
+  """Parameters of a network: norms' scales 1 plus noise, all else noise, of deviation 0.3."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    center = 1.0 if path[-1].key == "scale" else 0.0
+    return jnp.asarray(center + 0.3 * rng.normal(size=leaf.shape), jnp.float32)
+
+  shapes = jax.eval_shape(lambda: heads.init(network, jax.random.key(0)))
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def random_tokens(shape, seed: int) -> np.ndarray:

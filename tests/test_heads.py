@@ -1,0 +1,193 @@
+"""Heads on the trunk: how they start, where they are read, and token likelihoods."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from rlhf_jax.networks import heads, likelihood
+
+D = tiny.MODEL.d_model
+
+
+@pytest.fixture(scope="module")
+def policy_params():
+  return tiny.params(tiny.POLICY, 0)
+
+
+@pytest.fixture(scope="module")
+def scalar_params():
+  return tiny.params(tiny.SCALAR, 1)
+
+
+@pytest.mark.conformance("A14")
+@pytest.mark.parametrize("way", ["init", "scalar_from_trunk"])
+def test_the_scalar_head_starts_with_std_1_over_root_of_d_plus_1_and_bias_0(way):
+  keys = jax.random.split(jax.random.key(0), 300)
+  if way == "init":
+    draw = lambda key: heads.init(tiny.SCALAR, key)["score"]
+  else:
+    draw = lambda key: heads.scalar_from_trunk(tiny.SCALAR, {}, key)["score"]
+  score = jax.jit(jax.vmap(draw))(keys)
+  np.testing.assert_allclose(np.std(score["kernel"]), (D + 1) ** -0.5, rtol=0.1)
+  assert abs(np.mean(score["kernel"])) < 0.02
+  assert np.all(np.asarray(score["bias"]) == 0.0)
+
+
+@pytest.mark.conformance("B22")
+def test_the_scalar_network_gives_one_float32_a_token(scalar_params):
+  tokens = tiny.random_tokens((3, 5), 0)
+  layout = heads.layout(jnp.ones((3, 5)))
+  values = jax.eval_shape(tiny.SCALAR.apply, {"params": scalar_params}, tokens, *layout)
+  assert values.shape == (3, 5) and values.dtype == jnp.float32
+  assert scalar_params["score"]["kernel"].shape == (D, 1)
+
+
+@pytest.mark.conformance("A54")
+def test_a_scalar_network_from_a_policy_copies_its_trunk_and_shares_no_buffer(policy_params):
+  scalar = heads.scalar_from_trunk(tiny.SCALAR, policy_params["trunk"], jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, scalar["trunk"], policy_params["trunk"])
+  address = lambda tree: {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}
+  assert not address(scalar) & address(policy_params)
+
+
+@pytest.mark.conformance("B22")
+def test_the_same_key_gives_the_same_parameters_and_another_key_others():
+  init = jax.jit(lambda key: heads.init(tiny.SCALAR, key))
+  draw = lambda seed: tiny.digest(init(jax.random.key(seed)))
+  assert draw(3) == draw(3)
+  assert draw(3) != draw(4)
+
+
+def test_layout_counts_real_tokens_only():
+  mask = jnp.array([[0.0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 0]])
+  positions, segments = heads.layout(mask)
+  expected = [[0, 0, 0, 1, 2], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 1, 0, 0]]
+  np.testing.assert_array_equal(positions, expected)
+  np.testing.assert_array_equal(segments, mask)
+
+
+@pytest.mark.conformance("A15", "A17")
+def test_the_last_token_is_the_last_real_column_wherever_the_padding_is():
+  values = jnp.arange(20.0).reshape(4, 5)
+  mask = jnp.array([[1.0, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [0, 1, 1, 0, 0]])
+  np.testing.assert_array_equal(heads.last_token(values, mask), [4.0, 6.0, 14.0, 17.0])
+
+
+def test_the_gradient_of_the_last_token_reaches_that_column_alone():
+  mask = jnp.array([[0.0, 1, 1, 0]])
+  values = jnp.array([[np.nan, 1.0, 2.0, np.nan]])
+  gradient = jax.grad(lambda v: jnp.sum(heads.last_token(v, mask)))(values)
+  np.testing.assert_array_equal(gradient, [[0.0, 0.0, 1.0, 0.0]])
+
+
+def test_a_tied_head_is_the_transposed_embedding():
+  network = heads.Policy(dataclasses.replace(tiny.MODEL, tie_embeddings=True))
+  params = tiny.params(network, 2)
+  assert set(params) == {"trunk"}
+  tokens = tiny.random_tokens((2, 4), 0)
+  layout = heads.layout(jnp.ones((2, 4)))
+  apply = jax.jit(network.apply, static_argnames="method")
+  hidden, _ = apply({"params": params}, tokens, *layout, method="hidden")
+  logits = apply({"params": params}, tokens, *layout)
+  expected = np.asarray(hidden) @ np.asarray(params["trunk"]["embed"]["embedding"]).T
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+# Blocks that all networks share.
+
+
+def trunks(changed_name=None):
+  """A policy's trunk and a copy in which one part may differ."""
+  first = tiny.params(tiny.POLICY, 3)["trunk"]
+  move = lambda name, tree: jax.tree.map(lambda x: x + (name == changed_name), tree)
+  return first, {name: move(name, tree) for name, tree in first.items()}
+
+
+@pytest.mark.parametrize(
+  "changed_name, frozen_names, blocks",
+  [
+    (None, ("embed", "block_0", "block_1"), 2),
+    (None, ("embed", "block_0"), 1),
+    ("block_1", ("embed", "block_0", "block_1"), 1),  # another block 1: not shared
+    (None, ("block_0", "block_1"), 0),  # the embedding trains
+    ("embed", ("embed", "block_0"), 0),
+    ("final_norm", ("embed", "block_0"), 1),  # comes after the blocks
+  ],
+)
+def test_the_shared_stem_ends_where_networks_differ_or_train(changed_name, frozen_names, blocks):
+  first, other = trunks(changed_name)
+  frozen = {name: first[name] for name in frozen_names}
+  assert heads.shared_stem(tiny.MODEL, [first, other], frozen) == blocks
+
+
+def test_a_partly_frozen_block_is_not_shared():
+  first, other = trunks()
+  frozen = {"embed": first["embed"], "block_0": {"mlp": first["block_0"]["mlp"]}}
+  assert heads.shared_stem(tiny.MODEL, [first, other], frozen) == 0
+
+
+# Likelihoods.
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_token_logprobs_and_entropy_equal_numpy(temperature):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(0.0, 3.0, (4, 5, 7)).astype(np.float32)
+  tokens = rng.integers(0, 7, (4, 5))
+  scaled = logits.astype(np.float64) / temperature
+  logs = scaled - np.log(np.sum(np.exp(scaled), axis=-1, keepdims=True))
+  expected = np.take_along_axis(logs, tokens[..., None], axis=-1)[..., 0]
+  got = likelihood.token_logprobs(logits, tokens, temperature)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+  entropy = -np.sum(np.exp(logs) * logs, axis=-1)
+  np.testing.assert_allclose(likelihood.entropy(logits, temperature), entropy, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.conformance("B9")
+def test_entropy_is_between_0_and_log_v():
+  logits = jnp.stack([jnp.zeros(8), jnp.arange(8) * 50.0, jnp.full(8, -1e4)])
+  np.testing.assert_allclose(
+    likelihood.entropy(logits, 1.0), [np.log(8), 0.0, np.log(8)], rtol=1e-5, atol=1e-6
+  )
+
+
+def test_logprobs_of_huge_logits_are_finite_with_finite_gradients():
+  logits = jnp.array([[3e4, -3e4, 0.0]])
+  value, gradient = jax.value_and_grad(
+    lambda x: jnp.sum(likelihood.token_logprobs(x, jnp.array([1]), 0.5))
+  )(logits)
+  np.testing.assert_allclose(value, -1.2e5, rtol=1e-6)
+  np.testing.assert_allclose(gradient, [[-2.0, 2.0, 0.0]], atol=1e-6)
+
+
+@pytest.mark.conformance("A31")
+def test_response_logits_are_those_of_the_column_before_each_response_token(policy_params):
+  P, R = 4, 3
+  tokens = tiny.random_tokens((2, P + R), 0)
+  mask = jnp.ones((2, P + R))
+  whole = jax.jit(tiny.POLICY.apply)({"params": policy_params}, tokens, *heads.layout(mask))
+  got = jax.jit(lambda params: likelihood.response_logits(tiny.POLICY, params, tokens, mask, R))(
+    policy_params
+  )
+  np.testing.assert_allclose(got, whole[:, P - 1 : -1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.conformance("A31")
+def test_the_gradient_of_a_logprob_never_reaches_its_own_or_later_tokens(policy_params):
+  # All tokens differ, so a row of the embedding's gradient is the influence of one column.
+  P, R, tokens = 3, 4, jnp.arange(2, 9)[None, :]
+  embedding = policy_params["trunk"]["embed"]["embedding"]
+
+  def logprobs(embedding):
+    trunk = policy_params["trunk"] | {"embed": {"embedding": embedding}}
+    params = policy_params | {"trunk": trunk}
+    logits = likelihood.response_logits(tiny.POLICY, params, tokens, jnp.ones((1, P + R)), R)
+    return likelihood.token_logprobs(logits, tokens[:, P:], 1.0)[0]
+
+  jacobian = jax.jit(jax.jacrev(logprobs))(embedding)[:, tokens[0]]
+  influence = np.asarray(jnp.any(jacobian != 0.0, axis=-1))
+  np.testing.assert_array_equal(influence, np.tri(R, P + R, P - 1, bool))
