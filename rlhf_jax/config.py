@@ -95,8 +95,8 @@ def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.C
     overrides: {"ppo.kl_coef": "0.1"}: the text of a Python literal, or plain text.
 
   Raises:
-    UserError: no such file, no `get_config`, no such key (the nearest is named), or what
-      `get_config` itself raises.
+    UserError: no such file, no `get_config`, a ValueError of `get_config` itself, or no such key
+      (the nearest is named).
   """
   file, _, arg = str(path).partition(":")
   if not pathlib.Path(file).is_file():
@@ -112,7 +112,10 @@ def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.C
     raise UserError(f"config file {file} defines no get_config().")
   if arg and not inspect.signature(module.get_config).parameters:
     raise UserError(f"config file {file} takes no argument, got {arg!r}.")
-  config = module.get_config(arg) if arg else module.get_config()
+  try:
+    config = module.get_config(arg) if arg else module.get_config()
+  except ValueError as error:
+    raise UserError(f"config {path}: {error}") from error
   for key, text in (overrides or {}).items():
     override(config, key, text)
   config.lock()

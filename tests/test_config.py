@@ -229,6 +229,7 @@ def test_an_override_of_no_key_names_the_nearest(config_file, key, message):
     ("def get_config(:\n", "line 1: invalid syntax"),
     ("x = 1\n", "defines no get_config"),
     ("def get_config():\n  return None\n", "takes no argument, got 'small'"),
+    ("def get_config(arg):\n  raise ValueError('no variant')\n", "bad.py:small: no variant"),
   ],
 )
 def test_a_config_file_that_cannot_be_used_is_a_clear_error(tmp_path, text, message):
