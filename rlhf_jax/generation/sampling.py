@@ -84,10 +84,12 @@ def draw(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
 
 
 def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-  """First index at which the running sum exceeds uniform x total; never one of weight 0.
+  """First index of positive weight at which the running sum exceeds uniform x total.
 
-  float32 uniforms are at most 1 - 2^-23, so the target lies below the total and the index exists.
+  XLA adds long prefix sums up in a tree, so rounding can move the running sum where the weight is
+  0; such places are passed over, and the total is the largest sum at any other. float32 uniforms
+  are at most 1 - 2^-23, so the target lies below the total and the index exists.
   """
-  running = jnp.cumsum(weights, axis=-1)
-  target = uniform[:, None] * running[:, -1:]
-  return jnp.sum(running <= target, axis=-1)
+  running = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
+  target = uniform[:, None] * jnp.max(running, axis=-1, keepdims=True)
+  return jnp.argmax(running > target, axis=-1)
