@@ -31,12 +31,12 @@ def standard() -> ConfigDict:
 
   config.model = dict(
     vocab_size=288,  # the village's few hundred words, rounded up
-    d_model=128,
-    n_layers=4,
-    n_heads=4,
-    n_kv_heads=4,
+    d_model=96,
+    n_layers=3,
+    n_heads=3,
+    n_kv_heads=3,
     head_dim=32,
-    d_ff=384,
+    d_ff=288,
     rope_base=10_000.0,
     norm_eps=1e-5,
     tie_embeddings=False,
@@ -57,9 +57,9 @@ def standard() -> ConfigDict:
   )
 
   config.sft = dict(
-    num_steps=900,
-    batch_size=32,  # rows
-    sequence_length=128,  # tokens; dialogues are packed
+    num_steps=600,
+    batch_size=48,  # rows
+    sequence_length=72,  # tokens; dialogues are packed
     supervise="last",  # earlier turns hold mistakes on purpose
     eval_every=150,
     frozen=(),
@@ -100,8 +100,8 @@ def standard() -> ConfigDict:
 
   config.ppo = dict(
     num_steps=60,
-    epochs=4,  # N+; InstructGPT: 1
-    minibatches=2,
+    epochs=1,  # InstructGPT, appendix C.4
+    minibatches=4,
     gamma=1.0,
     lam=0.95,
     cliprange=0.2,
@@ -114,7 +114,7 @@ def standard() -> ConfigDict:
     kl=dict(coef=0.05, target=None, horizon=10_000.0),
     ptx=dict(coef=0.0, ratio=1.0, sequence_length=64),
     rollout=dict(
-      batch_size=256,
+      batch_size=128,
       prompt_length=44,
       sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0),
     ),
@@ -148,3 +148,13 @@ def optim(
 
 def shrink(config: ConfigDict) -> None:
   """Every stage in seconds."""
+  config.model.update(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, d_ff=64)
+  config.data.village.update(demonstrations=400, prompts=200, heldout=64, texts=50)
+  config.sft.update(num_steps=8, batch_size=8, eval_every=4)
+  config.comparisons.update(prompts=32, heldout_prompts=16, batch_size=32)
+  config.sft.optim.update(warmup_steps=2)
+  config.reward.update(batch_size=8, eval_every=2)
+  config.reward.optim.update(warmup_steps=1)
+  config.ppo.update(num_steps=3, minibatches=2, eval_every=2)
+  config.ppo.rollout.update(batch_size=16)
+  config.evaluation.update(prompts=32, examples=9)

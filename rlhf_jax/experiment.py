@@ -29,7 +29,7 @@ from rlhf_jax.parallel import rules
 from rlhf_jax.text import dialogue
 from rlhf_jax.text import tokenizer as tokenizer_lib
 from rlhf_jax.text.tokenizer import Tokenizer
-from rlhf_jax.training import files
+from rlhf_jax.training import files, optim
 from rlhf_jax.types import Params, UserError
 
 # Special tokens of a tokenizer that is trained here, whichever template the run uses.
@@ -79,6 +79,9 @@ class ExperimentConfig:
       raise UserError(
         f"config gold_model: must be given for gold 'reward_model' only, not {self.gold!r}."
       )
+    optim.schedule(self.sft.optim, self.sft.num_steps)
+    for config in (self.ppo.policy_optim, self.ppo.value_optim):
+      optim.schedule(config, self.ppo.num_steps * self.ppo.updates)
     room = self.ppo.rollout.prompt_length + self.ppo.rollout.sampling.max_new_tokens
     if self.reward.sequence_length < room:
       raise UserError(
@@ -179,9 +182,10 @@ def check_batches(config: ExperimentConfig, mesh: Mesh) -> None:
 
 
 def check_workdir(config: ExperimentConfig, workdir: pathlib.Path) -> None:
-  """Raises a UserError where `workdir` cannot be written or belongs to another config."""
+  """Raises a UserError where `workdir` cannot be written or holds work of another config."""
   files.ensure_writable(workdir)
-  if (workdir / "config.json").exists():
+  begun = any(workdir.rglob("about.json")) or any(workdir.rglob("done.json"))
+  if begun and (workdir / "config.json").exists():
     old = files.read_json(workdir / "config.json")
     changed = config_lib.differences(old, config_lib.to_dict(config))
     if changed:
