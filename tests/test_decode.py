@@ -1,0 +1,231 @@
+"""Generation against fresh forward passes, and what must not change a row."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from rlhf_jax.generation import decode
+from rlhf_jax.networks import likelihood
+from rlhf_jax.networks.transformer import ModelConfig
+from rlhf_jax.types import PromptBatch
+
+B, P, R = 8, 5, 6
+SAMPLING = tiny.SAMPLING
+STOPS = tuple(range(1, 9))  # a fifth of the vocabulary: rows end at different columns
+
+
+@pytest.fixture(scope="module")
+def params():
+  return tiny.params(tiny.POLICY, 0)
+
+
+@functools.cache
+def compiled(sampling=SAMPLING, stop_ids=STOPS, pad_id=tiny.PAD):
+  return jax.jit(
+    functools.partial(
+      decode.generate, tiny.POLICY, config=sampling, stop_ids=stop_ids, pad_id=pad_id
+    )
+  )
+
+
+@pytest.fixture(scope="module")
+def sampled(params):
+  """Prompts of 1 to P tokens and one completion of each."""
+  prompts = tiny.mixed_prompts(B, P, 0)
+  return prompts, compiled()(params, prompts, jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnames="temperature")
+def fresh_logprobs(params, prompts, completion, temperature):
+  sequences = jnp.concatenate([prompts.tokens, completion.tokens], axis=1)
+  mask = jnp.concatenate([prompts.mask, completion.mask], axis=1)
+  logits = likelihood.response_logits(tiny.POLICY, params, sequences, mask, R)
+  return likelihood.token_logprobs(logits, completion.tokens, temperature)
+
+
+def assert_same(completion, expected, rows=slice(None)):
+  """The same tokens, and log-probabilities that differ by rounding alone."""
+  for name in ("tokens", "mask", "finished"):
+    got = np.asarray(getattr(completion, name))[rows]
+    np.testing.assert_array_equal(got, np.asarray(getattr(expected, name))[rows], err_msg=name)
+  np.testing.assert_allclose(completion.logprobs[rows], expected.logprobs[rows], atol=1e-5)
+
+
+@pytest.mark.conformance("A26", "A28", "A29", "B2")
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_generation_logprobs_equal_those_of_a_fresh_forward_pass(params, temperature):
+  prompts = tiny.mixed_prompts(B, P, 1)
+  completion = compiled(tiny.changed(SAMPLING, temperature=temperature))(
+    params, prompts, jax.random.key(1)
+  )
+  fresh = fresh_logprobs(params, prompts, completion, temperature)
+  live = np.asarray(completion.mask) > 0
+  assert 0 < live.sum() < live.size  # some rows ended early
+  np.testing.assert_allclose(completion.logprobs[live], fresh[live], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.conformance("A32")
+def test_after_the_first_stop_token_there_is_only_padding(sampled):
+  _, completion = sampled
+  for tokens, mask, logprobs, finished in zip(*jax.tree.leaves(jax.device_get(completion))):
+    stops = np.flatnonzero(np.isin(tokens, STOPS))
+    length = int(stops[0]) + 1 if len(stops) else R
+    np.testing.assert_array_equal(mask, np.arange(R) < length)
+    np.testing.assert_array_equal(tokens[length:], tiny.PAD)
+    np.testing.assert_array_equal(logprobs[length:], 0.0)
+    assert finished == bool(len(stops))
+  assert 0 < float(jnp.sum(completion.finished)) < B
+
+
+@pytest.mark.conformance("B7")
+def test_with_pad_equal_to_eos_the_real_eos_still_counts(params, sampled):
+  prompts, expected = sampled
+  same_id = compiled(pad_id=STOPS[0])(params, prompts, jax.random.key(0))
+  assert_same(same_id.replace(tokens=expected.tokens), expected)
+  live = np.asarray(expected.mask) > 0
+  np.testing.assert_array_equal(np.asarray(same_id.tokens)[live], expected.tokens[live])
+
+
+@pytest.mark.conformance("B20")
+def test_a_custom_stop_token_ends_and_finishes_a_response(params):
+  prompts = tiny.mixed_prompts(B, P, 0)
+  free = compiled(stop_ids=())(params, prompts, jax.random.key(0))
+  assert np.all(np.asarray(free.mask) == 1.0) and np.all(np.asarray(free.finished) == 0.0)
+  stop = int(free.tokens[2, 3])
+  stopped = compiled(stop_ids=(stop,))(params, prompts, jax.random.key(0))
+  first = int(np.flatnonzero(np.asarray(free.tokens[2]) == stop)[0])
+  assert stopped.finished[2] == 1.0
+  np.testing.assert_array_equal(stopped.mask[2], np.arange(R) <= first)
+
+
+@pytest.mark.conformance("A35")
+def test_rows_do_not_change_when_their_neighbours_end_early(params, sampled):
+  # Stop tokens that end other rows earlier must leave the tokens up to the end untouched.
+  prompts, early = sampled
+  free = compiled(stop_ids=())(params, prompts, jax.random.key(0))
+  live = np.asarray(early.mask) > 0
+  np.testing.assert_array_equal(np.asarray(early.tokens)[live], np.asarray(free.tokens)[live])
+  np.testing.assert_allclose(early.logprobs[live], free.logprobs[live], atol=1e-6)
+
+
+@pytest.mark.conformance("A30", "B4", "B5")
+def test_prompts_padded_to_a_longer_width_sample_the_same_tokens(params, sampled):
+  prompts, expected = sampled
+  wide = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (4, 0))), prompts)
+  assert_same(compiled()(params, wide, jax.random.key(0)), expected)
+
+
+@pytest.mark.conformance("B4")
+def test_ids_under_the_prompt_mask_change_nothing(params, sampled):
+  prompts, expected = sampled
+  junk = jnp.where(prompts.mask > 0, prompts.tokens, 7)
+  soiled = compiled()(params, PromptBatch(junk, prompts.mask), jax.random.key(0))
+  assert_same(soiled, expected)
+
+
+@pytest.mark.conformance("B4")
+def test_a_row_does_not_depend_on_the_batch_size(params, sampled):
+  prompts, expected = sampled
+  first = jax.tree.map(lambda x: x[:3], prompts)
+  assert_same(compiled()(params, first, jax.random.key(0)), jax.tree.map(lambda x: x[:3], expected))
+
+
+@pytest.mark.conformance("A36")
+def test_rows_with_one_prompt_and_steps_with_one_batch_draw_differently(params):
+  prompts = jax.tree.map(lambda x: jnp.tile(x[4:5], (B, 1)), tiny.mixed_prompts(B, P, 2))
+  draw = lambda seed: compiled(stop_ids=())(params, prompts, jax.random.key(seed)).tokens
+  first, again, other = draw(0), draw(0), draw(1)
+  assert len({tuple(row) for row in np.asarray(first).tolist()}) == B
+  np.testing.assert_array_equal(first, again)
+  assert np.any(first != other)
+
+
+def test_greedy_decoding_is_the_argmax_of_fresh_forward_passes(params):
+  prompts = tiny.mixed_prompts(B, P, 3)
+  greedy = compiled(tiny.changed(SAMPLING, temperature=0.0), stop_ids=())
+  completion = greedy(params, prompts, jax.random.key(0))
+  sequences = jnp.concatenate([prompts.tokens, completion.tokens], axis=1)
+  mask = jnp.concatenate([prompts.mask, completion.mask], axis=1)
+  # Causality makes one pass over the finished rows as good as R passes over their prefixes.
+  logits = jax.jit(
+    lambda params: likelihood.response_logits(tiny.POLICY, params, sequences, mask, R)
+  )(params)
+  np.testing.assert_array_equal(completion.tokens, jnp.argmax(logits, axis=-1))
+  np.testing.assert_array_equal(completion.logprobs, 0.0)
+
+
+@pytest.mark.conformance("A27", "B15")
+def test_truncated_generation_reports_the_truncated_distribution(params):
+  prompts = tiny.mixed_prompts(B, P, 4)
+  sampling = tiny.changed(SAMPLING, top_k=2, temperature=0.8)
+  completion = compiled(sampling, stop_ids=())(params, prompts, jax.random.key(0))
+  sequences = jnp.concatenate([prompts.tokens, completion.tokens], axis=1)
+  mask = jnp.concatenate([prompts.mask, completion.mask], axis=1)
+  logits = jax.jit(
+    lambda params: likelihood.response_logits(tiny.POLICY, params, sequences, mask, R)
+  )(params)
+  best = np.sort(np.asarray(logits), axis=-1)[..., -2:] / 0.8
+  chosen = np.take_along_axis(np.asarray(logits), completion.tokens[..., None], axis=-1)[..., 0]
+  expected = chosen / 0.8 - np.log(np.sum(np.exp(best), axis=-1))
+  np.testing.assert_allclose(completion.logprobs, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.conformance("B30")
+def test_a_row_without_a_prompt_yields_finite_numbers_and_disturbs_nobody(params, sampled):
+  prompts, expected = sampled
+  blank = lambda x: x.at[3].set(0)
+  completion = compiled()(params, jax.tree.map(blank, prompts), jax.random.key(0))
+  assert np.all(np.isfinite(completion.logprobs))
+  assert_same(completion, expected, rows=np.array([0, 1, 2, 4, 5, 6, 7]))
+
+
+class Successor(nn.Module):
+  """A policy that always says the id after the one it read; it needs no parameters."""
+
+  config: ModelConfig
+
+  def hidden(self, tokens, positions, segments, cache):
+    return jax.nn.one_hot(tokens + 1, self.config.vocab_size), cache
+
+  def logits(self, hidden):
+    return 100.0 * hidden
+
+
+def test_a_policy_that_counts_makes_responses_that_count_to_the_stop_token():
+  prompts = tiny.left_padded([[3], [9, 5], [8, 8, 10]], P)
+  completion = decode.generate(
+    Successor(tiny.MODEL),
+    {},
+    prompts,
+    jax.random.key(0),
+    config=SAMPLING,
+    stop_ids=(12,),
+    pad_id=tiny.PAD,
+  )
+  expected = [[4, 5, 6, 7, 8, 9], [6, 7, 8, 9, 10, 11], [11, 12, 0, 0, 0, 0]]
+  np.testing.assert_array_equal(completion.tokens, expected)
+  np.testing.assert_array_equal(completion.finished, [0.0, 0.0, 1.0])
+  np.testing.assert_array_equal(jnp.sum(completion.mask, axis=1), [6.0, 6.0, 2.0])
+  np.testing.assert_allclose(completion.logprobs, 0.0, atol=1e-6)
+
+
+def test_decoding_is_one_loop_on_the_device(params):
+  prompts = tiny.mixed_prompts(B, P, 0)
+  traces = []
+
+  class Counting(Successor):
+    def logits(self, hidden):
+      traces.append(hidden.shape)
+      return super().logits(hidden)
+
+  generate = functools.partial(
+    decode.generate, Counting(tiny.MODEL), config=SAMPLING, stop_ids=STOPS, pad_id=tiny.PAD
+  )
+  jax.make_jaxpr(generate)({}, prompts, jax.random.key(0))
+  # Traced at most three times (first token, loop body, its shape check), whatever R is.
+  assert len(traces) <= 3
