@@ -90,6 +90,8 @@ def standard() -> ConfigDict:
 
   config.reward = dict(
     num_epochs=1,  # InstructGPT, appendix C.2: more overfits
+    max_train=None,
+    max_heldout=None,
     batch_size=16,  # prompts
     max_responses=4,
     sequence_length=70,

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax import ppo, reward, rollout, sft
 from rlhf_jax.data import batches, rows
@@ -24,7 +25,7 @@ from rlhf_jax.parallel import rules
 from rlhf_jax.training import optim
 from rlhf_jax.types import Params
 
-CENTERING_DEMONSTRATIONS = 512  # at most so many set the reward model's zero
+CENTERING_DEMONSTRATIONS = 256  # at most so many set the reward model's zero
 
 
 def supervise(run: Run, directory: pathlib.Path) -> Params:
@@ -78,6 +79,8 @@ def fit_reward(
     max_responses=config.max_responses,
     on_too_long=run.config.text.on_too_long,
   )
+  train = draw(train, config.max_train, run.seed("reward", "train"))
+  heldout = draw(heldout, config.max_heldout, run.seed("reward", "heldout"))
   source = batches.Source("comparisons", make_rows(train), 1.0)
   num_steps = config.num_epochs * max(len(source.rows) // config.batch_size, 1)
   params = heads.scalar_from_trunk(run.scalar, trunk, run.key("reward head"))
@@ -89,8 +92,10 @@ def fit_reward(
   evaluate_batch = functools.partial(reward.evaluate, run.scalar)
   measure = summed(run, evaluate_batch, make_rows(heldout), config.batch_size)
 
+  figures = {}
+
   def evaluate(state: reward.RewardState) -> dict[str, float]:
-    figures = reward.summarize(measure(optim.merge(state.params, frozen)))
+    figures.update(reward.summarize(measure(optim.merge(state.params, frozen))))
     return {f"reward/heldout_{name}": figures[name] for name in ("loss", "accuracy")}
 
   stage = Stage(
@@ -105,8 +110,9 @@ def fit_reward(
   stream = batch_stream(run, [source], config.batch_size)
   state, _ = fit(stage, lambda s, b: step(s, b, frozen), state, stream, evaluate)
   params = optim.merge(state.params, frozen)
-  zero = demonstration_score(run, params, config)
-  return reward.center(params, zero), reward.summarize(measure(params))
+  if not figures:  # the stage was killed after its last step
+    evaluate(state)
+  return reward.center(params, demonstration_score(run, params, config)), figures
 
 
 def demonstration_score(run: Run, params: Params, config: reward.RewardConfig) -> float:
@@ -224,6 +230,14 @@ def experience_stream(run: Run, split: Split) -> Callable[[int], Iterator]:
   fold = lambda x: x.reshape(config.updates, -1, *x.shape[1:])
   put = lambda batch: mesh_lib.put_batch(run.mesh, jax.tree.map(fold, batch), axis=1)
   return lambda step: zip(prompts(step), map(put, texts.starting_at(step)))
+
+
+def draw(some: Sequence, count: int | None, seed: int) -> list:
+  """`count` of them in a random order, or all of them as they stand."""
+  if count is None:
+    return list(some)
+  order = np.random.default_rng(seed).permutation(len(some))
+  return [some[int(i)] for i in order[:count]]
 
 
 def demonstration_rows(

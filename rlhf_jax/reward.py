@@ -31,6 +31,8 @@ class RewardConfig:
   """One fit of the reward model."""
 
   num_epochs: PositiveInt  # more than one overfits (Ouyang et al. 2022, appendix C.2)
+  max_train: PositiveInt | None  # comparisons to train on, drawn at random; None: all
+  max_heldout: PositiveInt | None  # comparisons to measure on; None: all
   batch_size: PositiveInt  # prompts a step
   max_responses: PositiveInt  # K, slots a prompt
   sequence_length: PositiveInt  # tokens of prompt and answer
