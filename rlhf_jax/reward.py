@@ -89,6 +89,7 @@ def pairs(ranks: jax.Array, valid: jax.Array) -> jax.Array:
 def ranking_loss(scores: jax.Array, ranks: jax.Array, valid: jax.Array) -> jax.Array:
   """The mean of -log sigmoid(r_w - r_l) over the pairs of one prompt; 0 without one. [K] to []."""
   chex.assert_equal_shape([scores, ranks, valid])
+  scores = jnp.where(valid > 0, scores, 0.0)
   gaps = scores[:, None] - scores[None, :]
   return masked.mean(-jax.nn.log_sigmoid(gaps), pairs(ranks, valid))
 
