@@ -207,12 +207,15 @@ def test_killed_in_mid_save_the_last_good_checkpoint_is_used(tmp_path):
   assert restored.step > resumed[-1] and bits(restored.state) == bits(state_of(restored.step))
 
 
-FULL = textwrap.dedent("""
+LIMITED = textwrap.dedent("""
   import resource, sys
   sys.path.insert(0, {tests!r})
   import conftest, test_training_checkpoint as t
+  from rlhf_jax.training import files
   from rlhf_jax.types import UserError
   checkpoints = t.saved({directory!r}, [1])
+  if not {look_first}:
+    files.ensure_space = lambda directory, needed: None
   resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
   try:
     checkpoints.save(2, t.state_of(2))
@@ -221,11 +224,19 @@ FULL = textwrap.dedent("""
 """)
 
 
-def test_a_disk_that_fills_up_leaves_one_message_and_the_older_checkpoint(tmp_path):
-  script = FULL.format(tests=str(pathlib.Path(__file__).parent), directory=str(tmp_path))
+@pytest.mark.parametrize("look_first", [True, False])
+def test_a_limit_hit_in_mid_save_leaves_a_clear_error_and_the_older_checkpoint(
+  tmp_path, look_first
+):
+  script = LIMITED.format(
+    tests=str(pathlib.Path(__file__).parent), directory=str(tmp_path), look_first=look_first
+  )
   child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-  assert child.stderr.startswith("UserError: ") and "Traceback" not in child.stderr
-  assert f"{tmp_path / '2'} could not be written" in child.stderr
+  assert child.returncode == 1
+  if look_first:  # noticed before the first byte, so there is nothing else to read
+    assert child.stderr.startswith("UserError: ") and "File too large" in child.stderr
+  else:
+    assert f"UserError: {tmp_path / '2'} could not be written" in child.stderr
   assert [p.name for p in tmp_path.iterdir()] == ["1"]
   assert checkpoint.Checkpointer(tmp_path, keep=1).restore(state_of(0)).step == 1
 

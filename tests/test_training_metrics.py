@@ -117,6 +117,7 @@ def test_tensorboard_holds_the_scalars_and_where_the_run_was_resumed(tmp_path):
     write(5, {"loss": 0.5, "policy/kl": 0.25})
   (path,) = tmp_path.iterdir()
   events = tensorboard_events(path.read_bytes())
+  assert events[0].file_version == "brain.Event:2"
   scalars = {v.tag: (e.step, v.simple_value) for e in events for v in e.summary.value}
   assert scalars == {"loss": (5, 0.5), "policy/kl": (5, 0.25)}
   assert [e.step for e in events if e.HasField("session_log")] == [5]
@@ -125,11 +126,15 @@ def test_tensorboard_holds_the_scalars_and_where_the_run_was_resumed(tmp_path):
 def tensorboard_events(data):
   """The events of a TFRecord file: length, CRC, message, CRC, and again."""
   from tensorboardX.proto.event_pb2 import Event
+  from tensorboardX.record_writer import masked_crc32c
 
   events = []
   while data:
     (length,) = struct.unpack("<Q", data[:8])
-    events.append(Event.FromString(data[12 : 12 + length]))
+    message = data[12 : 12 + length]
+    crcs = struct.unpack("<I", data[8:12]) + struct.unpack("<I", data[12 + length : 16 + length])
+    assert crcs == (masked_crc32c(data[:8]), masked_crc32c(message))
+    events.append(Event.FromString(message))
     data = data[16 + length :]
   return events
 
@@ -181,6 +186,26 @@ def test_jsonl_that_cannot_be_written_is_a_clear_error(tmp_path):
   (tmp_path / "m.jsonl").mkdir()
   with pytest.raises(UserError, match="m.jsonl"):
     metrics.Jsonl(tmp_path / "m.jsonl", after=0)
+
+
+def test_a_full_disk_ends_the_run_with_one_clear_error(tmp_path, monkeypatch):
+  class Full(io.RawIOBase):
+    room = 100  # bytes; then a short write, then none, as a real disk does
+
+    def writable(self):
+      return True
+
+    def write(self, data):
+      if not self.room:
+        raise OSError(28, "No space left on device")
+      written, self.room = min(len(data), self.room), max(self.room - len(data), 0)
+      return written
+
+  monkeypatch.setattr(metrics.files, "open", lambda *_, **__: Full(), raising=False)
+  with pytest.raises(UserError, match="m.jsonl could not be written: .*No space left"):
+    with metrics.Jsonl(tmp_path / "m.jsonl", after=0) as write:
+      for step in range(1, 100):
+        write(step, {"loss": 1.0})
 
 
 def test_records_are_plain_json_for_other_programs(tmp_path):

@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic JSON, checksummed directories, clear disk errors."""
 
+import errno
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ from typing import Any
 
 from rlhf_jax.types import UserError
 
-SPARE = 1 << 20  # bytes that a full disk must still have beside what is about to be written
+SPARE = 1 << 20  # bytes that a disk must have left beside what is about to be written
 
 
 def write_json_atomic(path: str | pathlib.Path, obj: Any) -> None:
@@ -70,13 +71,55 @@ def ensure_writable(directory: pathlib.Path) -> None:
 
 
 def ensure_space(directory: pathlib.Path, needed: int) -> None:
-  """Raises UserError where the disk of `directory` has less than `needed` bytes to spare."""
+  """Checks that the disk, and the user's quota of it, has `needed` bytes to spare.
+
+  Raises:
+    UserError: it has not; nothing was written.
+  """
   free = shutil.disk_usage(directory).free
-  if free < needed + SPARE:
-    raise UserError(
-      f"{directory}: a checkpoint needs {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB "
-      f"free. Free some space or choose another workdir; older checkpoints are as they were."
-    )
+  try:
+    if free < needed + SPARE:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if hasattr(os, "posix_fallocate"):  # reserving shows quotas and limits that `free` does not
+      with tempfile.TemporaryFile(dir=directory) as probe:
+        os.posix_fallocate(probe.fileno(), 0, needed + SPARE)
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      raise UserError(
+        f"{directory}: a checkpoint needs {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB "
+        f"free ({error.strerror}). Free some space or choose another workdir; older checkpoints "
+        "are as they were."
+      ) from error
+    raise
+
+
+class Appender:
+  """Appends to a file without a buffer: what a call wrote is with the system when it returns.
+
+  A kill can cut off the last call's bytes, and closing cannot fail.
+
+  Raises:
+    UserError: the file cannot be opened or written, such as on a full disk.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    try:
+      self._file = open(path, "ab", buffering=0)
+    except OSError as error:
+      raise UserError(f"{path} cannot be written: {error}.") from error
+
+  def append(self, data: bytes) -> None:
+    try:
+      while data:
+        data = data[self._file.write(data) :]
+    except OSError as error:
+      raise UserError(
+        f"{self.path} could not be written: {error}. Free some space; the same command goes on."
+      ) from error
+
+  def close(self) -> None:
+    self._file.close()
 
 
 def replace_directory(source: pathlib.Path, target: pathlib.Path) -> None:

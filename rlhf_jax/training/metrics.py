@@ -11,7 +11,10 @@ bytes as one that was not. Wall-clock seconds are in `timing.jsonl` beside it.
 import collections
 import contextlib
 import json
+import os
 import pathlib
+import socket
+import struct
 import sys
 import time
 
@@ -68,19 +71,12 @@ class Jsonl:
   """
 
   def __init__(self, path: str | pathlib.Path, *, after: int):
-    self.path = pathlib.Path(path)
-    _drop_later(self.path, after)
-    try:
-      self._file = open(self.path, "a", encoding="utf-8")
-    except OSError as error:
-      raise UserError(f"{self.path} cannot be written: {error}.") from error
+    path = pathlib.Path(path)
+    _drop_later(path, after)
+    self._file = files.Appender(path)
 
   def __call__(self, step: int, metrics: dict[str, float]) -> None:
-    try:
-      self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-      self._file.flush()
-    except OSError as error:
-      raise UserError(f"{self.path}: step {step} could not be written: {error}.") from error
+    self._file.append((json.dumps({"step": step, **metrics}) + "\n").encode())
 
   def __enter__(self):
     return self
@@ -146,23 +142,37 @@ class Timing:
 
 
 class TensorBoard:
-  """Scalars for TensorBoard, written by a thread; after a kill the last seconds may be missing."""
+  """Scalars for TensorBoard: a TFRecord file of one event a step, which holds all its values.
+
+  The messages are tensorboardX's. Its writer is not used: it writes from a thread, which on a full
+  disk fails where nobody can catch it.
+  """
 
   def __init__(self, directory: str | pathlib.Path, *, after: int):
     # Imported here because it takes a second, which a process that only reads would pay as well.
-    from tensorboardX import FileWriter
+    from tensorboardX import record_writer
     from tensorboardX.proto import event_pb2, summary_pb2
 
+    self._crc, self._event = record_writer.masked_crc32c, event_pb2.Event
     self._summary = summary_pb2.Summary
-    self._file = FileWriter(str(directory), flush_secs=10)
-    session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    directory = pathlib.Path(directory)
+    files.ensure_writable(directory)
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+    self._file = files.Appender(directory / name)
+    self._append(file_version="brain.Event:2")
     # TensorBoard hides what an earlier run wrote from this step on.
-    self._file.add_event(event_pb2.Event(step=after + 1, session_log=session))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._append(step=after + 1, session_log=start)
 
   def __call__(self, step: int, metrics: dict[str, float]) -> None:
-    # One event with all values: thirty events a step would cost a millisecond.
     values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-    self._file.add_summary(self._summary(value=values), step)
+    self._append(step=step, summary=self._summary(value=values))
+
+  def _append(self, **fields) -> None:
+    data = self._event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(data))
+    crcs = (struct.pack("<I", self._crc(part)) for part in (length, data))
+    self._file.append(length + next(crcs) + data + next(crcs))
 
   def __enter__(self):
     return self
