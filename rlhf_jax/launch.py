@@ -24,6 +24,7 @@ and everywhere
 - a compilation cache on disk, so that the second start compiles nothing.
 """
 
+import dataclasses
 import glob
 import importlib.util
 import os
@@ -37,6 +38,14 @@ MAX_DEVICES = 8  # more slices of a batch than this leave each too small to be w
 PREPARED = "RLHF_JAX_PREPARED"  # set in the re-executed process
 # Compiling for less than this costs about what reading the cache does.
 CACHE_SECONDS = "0.2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+  """An argument of one experiment, such as --policy; a value has the type of its default."""
+
+  default: str | int | float
+  help: str
 
 
 def prepare() -> None:
@@ -96,24 +105,35 @@ def accelerator_in_view(environ: dict[str, str]) -> bool:
   return bool(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")) and installed("libtpu")
 
 
-def run(main: Callable, argv: list[str] | None = None) -> None:
+def run(
+  main: Callable,
+  argv: list[str] | None = None,
+  *,
+  options: dict[str, Option] | None = None,
+  needs: tuple[str, ...] = ("config", "workdir"),
+) -> None:
   """Reads the command line, calls `main(config, workdir)`, and ends the process on a user's error.
 
     python experiments/X.py --config=configs/village.py[:arg] --workdir=W [--config.a.b=value ...]
 
-  `main` gets a locked ConfigDict and a `pathlib.Path`. A `UserError` becomes one message on stderr
-  and exit status 2; any other exception is a bug and keeps its traceback.
+  `main` gets a locked ConfigDict and a `pathlib.Path` (None for one that it does not need and that
+  is not given), and each of its `options` by name. A `UserError` becomes one message on stderr and
+  exit status 2; any other exception is a bug and keeps its traceback.
   """
   from rlhf_jax import config as config_lib  # here, since it imports jax
   from rlhf_jax.types import UserError
 
   argv = sys.argv[1:] if argv is None else argv
+  options = options or {}
   if "--help" in argv or "-h" in argv:
-    sys.stdout.write(f"{sys.modules[main.__module__].__doc__ or ''}\n{_usage()}\n")
+    doc = sys.modules[main.__module__].__doc__ or ""
+    sys.stdout.write(f"{doc}\n{_usage(options, needs)}\n{_describe(options)}\n")
     return
   try:
-    path, workdir, overrides = parse(argv)
-    main(config_lib.load(path, overrides), pathlib.Path(workdir))
+    values, rest = take_options(argv, options)
+    path, workdir, overrides = parse(rest, options, needs)
+    config = config_lib.load(path, overrides) if path else None
+    main(config, pathlib.Path(workdir) if workdir else None, **values)
   except UserError as error:
     sys.stderr.write(f"error: {error}\n")
     sys.exit(2)
@@ -122,39 +142,91 @@ def run(main: Callable, argv: list[str] | None = None) -> None:
     sys.exit(130)
 
 
-def parse(argv: list[str]) -> tuple[str, str, dict[str, str]]:
+def take_options(argv: list[str], options: dict[str, Option]) -> tuple[dict, list[str]]:
+  """The values of an experiment's own options, and the arguments that are none of them.
+
+  Raises:
+    UserError: an option has no value, or one of another type.
+  """
+  from rlhf_jax.types import UserError
+
+  values, rest = {name: option.default for name, option in options.items()}, []
+  arguments = iter(argv)
+  for argument in arguments:
+    name, equals, value = argument.partition("=")
+    name = name.removeprefix("--") if argument.startswith("--") else ""
+    if name not in options:
+      rest.append(argument)
+      continue
+    value = value if equals else next(arguments, None)
+    kind = type(options[name].default)
+    try:
+      values[name] = kind(value if value is not None else "")
+    except ValueError as error:
+      raise UserError(f"argument --{name} takes a value of type {kind.__name__}.") from error
+    if values[name] == "":
+      raise UserError(f"argument --{name} has no value.")
+  return values, rest
+
+
+def parse(
+  argv: list[str],
+  options: dict[str, Option] | None = None,
+  needs: tuple[str, ...] = ("config", "workdir"),
+) -> tuple[str | None, str | None, dict[str, str]]:
   """Parts a command line into (config path, workdir, {"ppo.kl_coef": "0.1", ...}).
+
+  `options` are for the usage only; see `take_options`.
 
   Raises:
     UserError: an argument that is none of these, one without a value, or one that is missing.
   """
   from rlhf_jax.types import UserError
 
-  given, overrides = {}, {}
+  given, overrides = {"--config": None, "--workdir": None}, {}
+  usage = _usage(options or {}, needs)
   arguments = iter(argv)
   for argument in arguments:
     name, equals, value = argument.partition("=")
     value = value if equals else next(arguments, None)
-    known = name in ("--config", "--workdir")
-    if not known and not name.startswith("--config."):
-      raise UserError(f"unknown argument {argument!r}.\n{_usage()}")
+    if name not in given and not name.startswith("--config."):
+      raise UserError(f"unknown argument {argument!r}.\n{usage}")
     if value is None:
-      raise UserError(f"argument {name} has no value.\n{_usage()}")
-    if known:
+      raise UserError(f"argument {name} has no value.\n{usage}")
+    if name in given:
       given[name] = value
     else:
       overrides[name.removeprefix("--config.")] = value
-  for name in ("--config", "--workdir"):
-    if not given.get(name):
-      raise UserError(f"argument {name} is missing.\n{_usage()}")
+  for name in needs:
+    if not given[f"--{name}"]:
+      raise UserError(f"argument --{name} is missing.\n{usage}")
   return given["--config"], given["--workdir"], overrides
 
 
-def _usage() -> str:
-  return (
-    f"usage: python {sys.argv[0]} --config=configs/FILE.py[:ARGUMENT] --workdir=FOLDER "
-    "[--config.SECTION.KEY=VALUE ...]"
+def _usage(options: dict[str, Option], needs: tuple[str, ...]) -> str:
+  bracket = lambda name, text: text if name in needs else f"[{text}]"
+  return " ".join(
+    [
+      f"usage: python {sys.argv[0]}",
+      bracket("config", "--config=configs/FILE.py[:ARGUMENT]"),
+      bracket("workdir", "--workdir=FOLDER"),
+      "[--config.SECTION.KEY=VALUE ...]",
+      *(f"[--{name}={type(option.default).__name__.upper()}]" for name, option in options.items()),
+    ]
   )
+
+
+def _describe(options: dict[str, Option]) -> str:
+  """All arguments, one a line."""
+  lines = {
+    "--config": "a Python file with get_config(), and the variant it is asked for",
+    "--workdir": "where the run lives; the same command goes on from what is there",
+    "--config.SECTION.KEY": "replaces one value of the config, as --config.ppo.kl.coef=0.1",
+  }
+  for name, option in options.items():
+    lines[f"--{name}"] = f"{option.help} (default: {option.default})"
+  width = max(map(len, lines)) + 2
+  return "\n".join(f"  {name:{width}}{text}" for name, text in lines.items())
 
 
 def _cores() -> set[int]:
