@@ -14,12 +14,8 @@ seed, the phase and the step. `lineage.json` says what was made from what.
   workdir/round_1/after/                               ... and after it
 """
 
-import dataclasses
 import json
 import pathlib
-import re
-import time
-from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax import comparisons, phases, rollout
@@ -31,22 +27,9 @@ from rlhf_jax.experiment import Run
 from rlhf_jax.labelers import gold as gold_lib
 from rlhf_jax.labelers import simulated
 from rlhf_jax.parallel import rules
+from rlhf_jax.standing import Result, is_done, phase, said
 from rlhf_jax.training import checkpoint, files
-from rlhf_jax.types import Params, UserError
-
-Result = dict[str, Any]  # what a phase has to say, as JSON
-
-
-def phase(run: Run, name: str, work: Callable[[pathlib.Path], Result]) -> Result:
-  """Does `work(folder)` unless it is done; what it returns is kept in the folder's done.json."""
-  marker = run.workdir / name / "done.json"
-  if not marker.exists():
-    (run.workdir / name).mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    result = work(run.workdir / name)
-    seconds = round(time.monotonic() - began, 1)
-    files.write_json_atomic(marker, {"seconds": seconds, "result": result})
-  return files.read_json(marker)["result"]
+from rlhf_jax.types import Params
 
 
 def sft(run: Run) -> Result:
@@ -201,67 +184,6 @@ def write_lineage(run: Run) -> dict[str, Any]:
   }
   files.write_json_atomic(run.workdir / "lineage.json", lineage)
   return lineage
-
-
-@dataclasses.dataclass(frozen=True)
-class Round:
-  """The round that a working directory stands in, and what it starts from."""
-
-  name: str
-  policy: str  # that answers, and that PPO improves
-  reference: str  # the SFT policy
-  earlier: tuple[Result, ...]  # the comparisons of the rounds before
-
-
-def current_round(run: Run) -> Round:
-  """The first round whose PPO is not done: where an experiment of a single stage works.
-
-  Raises:
-    UserError: there is no SFT policy yet, or every round is done.
-  """
-  policy = reference = said(run, "sft")["policy"]
-  earlier = []
-  for number in range(1, run.config.rounds + 1):
-    name = f"round_{number}"
-    if not is_done(run, f"{name}/ppo"):
-      return Round(name, policy, reference, tuple(earlier))
-    policy = said(run, f"{name}/ppo")["policy"]
-    earlier.append(said(run, f"{name}/comparisons"))
-  raise UserError(
-    f"all {run.config.rounds} rounds of {run.workdir} are done; experiments/evaluate.py measures "
-    "its policies. More rounds need another --workdir and a larger --config.rounds."
-  )
-
-
-MAKERS = {"sft": "sft", "comparisons": "label", "reward": "reward", "ppo": "ppo"}
-
-
-def is_done(run: Run, name: str) -> bool:
-  """Whether a phase has come to its end."""
-  return (run.workdir / name / "done.json").exists()
-
-
-def said(run: Run, name: str) -> Result:
-  """What a finished phase had to say.
-
-  Raises:
-    UserError: it is not done; names the experiment that does it.
-  """
-  if not is_done(run, name):
-    maker = MAKERS[name.rpartition("/")[2]]
-    raise UserError(f"{run.workdir / name} is not done; run experiments/{maker}.py first.")
-  return files.read_json(run.workdir / name / "done.json")["result"]
-
-
-def policies(workdir: pathlib.Path) -> list[str]:
-  """The finished policies of a working directory as paths inside it, the newest last."""
-  rounds = {
-    int(match[1]): f"{folder.name}/ppo/policy"
-    for folder in workdir.glob("round_*")
-    if (match := re.fullmatch(r"round_(\d+)", folder.name))
-  }
-  paths = ["sft/policy", *(rounds[number] for number in sorted(rounds))]
-  return [path for path in paths if (workdir / path / "about.json").exists()]
 
 
 def save(run: Run, folder: pathlib.Path, params: Params) -> None:

@@ -25,10 +25,10 @@ ORDER = [
   {"sft", "comparisons", "reward", "rollout", "ppo", "fit"},
   {"labelers"},
   {"feedback", "moderation"},
-  {"experiment", "phases"},
+  {"experiment", "phases", "standing"},
   {"evaluation"},
   {"iterate"},
-  {"serving"},
+  {"serving", "chat"},
   {"doctor"},
 ]
 LAYER = {module: layer for layer, modules in enumerate(ORDER) for module in modules}
