@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rlhf_jax import comparisons, ppo, reward, sft
 from rlhf_jax import config as config_lib
 from rlhf_jax.config import Count, PositiveInt
-from rlhf_jax.data import sources, village
+from rlhf_jax.data import rows, sources, village
 from rlhf_jax.data.records import Demonstration, Text
 from rlhf_jax.generation.respond import Responder
 from rlhf_jax.generation.sampling import SamplingConfig
@@ -82,12 +82,19 @@ class ExperimentConfig:
     optim.schedule(self.sft.optim, self.sft.num_steps)
     for config in (self.ppo.policy_optim, self.ppo.value_optim):
       optim.schedule(config, self.ppo.num_steps * self.ppo.updates)
-    room = self.ppo.rollout.prompt_length + self.ppo.rollout.sampling.max_new_tokens
-    if self.reward.sequence_length < room:
+    for name, source in (("ppo.rollout", self.ppo.rollout), ("comparisons", self.comparisons)):
+      room = source.prompt_length + source.sampling.max_new_tokens
+      if self.reward.sequence_length < room:
+        raise UserError(
+          f"config reward.sequence_length {self.reward.sequence_length} is shorter than prompt and "
+          f"response of {name}, {source.prompt_length} + {source.sampling.max_new_tokens} tokens; "
+          f"use at least {room}."
+        )
+    answers = self.comparisons.responses + self.comparisons.include_original
+    if self.reward.max_responses < answers:
       raise UserError(
-        f"config reward.sequence_length {self.reward.sequence_length} is shorter than prompt and "
-        f"response of a rollout, {self.ppo.rollout.prompt_length} + "
-        f"{self.ppo.rollout.sampling.max_new_tokens} tokens; use at least {room}."
+        f"config reward.max_responses {self.reward.max_responses} is fewer than the {answers} "
+        f"answers that are ranked to a prompt; use {answers}."
       )
 
 
@@ -165,8 +172,10 @@ def start(config: Any, workdir: str | pathlib.Path) -> Run:
       f"config model.vocab_size: {built.model.vocab_size} is smaller than the tokenizer's "
       f"vocabulary of {tokenizer.vocab_size}."
     )
+  run = Run(built, workdir, mesh, data, tokenizer)
+  check_prompts(run)
   files.write_json_atomic(workdir / "config.json", config_lib.to_dict(built))
-  return Run(built, workdir, mesh, data, tokenizer)
+  return run
 
 
 def check_batches(config: ExperimentConfig, mesh: Mesh) -> None:
@@ -186,13 +195,31 @@ def check_workdir(config: ExperimentConfig, workdir: pathlib.Path) -> None:
   files.ensure_writable(workdir)
   begun = any(workdir.rglob("about.json")) or any(workdir.rglob("done.json"))
   if begun and (workdir / "config.json").exists():
-    old = files.read_json(workdir / "config.json")
-    changed = config_lib.differences(old, config_lib.to_dict(config))
+    changed = differs(config, workdir)
     if changed:
       shown = "\n  ".join(changed[:8] + ([f"... {len(changed) - 8} more"] if changed[8:] else []))
       raise UserError(
         f"{workdir} was made with another config; choose another --workdir, or use the values it "
         f"was made with (there -> now):\n  {shown}"
+      )
+
+
+def differs(config: ExperimentConfig, workdir: pathlib.Path) -> list[str]:
+  """The keys in which `config` is another than the one that `workdir` was begun with."""
+  old = files.read_json(workdir / "config.json")
+  return config_lib.differences(old, config_lib.to_dict(config))
+
+
+def check_prompts(run: Run) -> None:
+  """Raises a UserError for a prompt that PPO, hours later, would find too long."""
+  if run.config.text.on_too_long == "error":
+    for split in ("train", "heldout"):
+      rows.prompt_rows(
+        run.data.prompts(split),
+        run.template,
+        run.tokenizer,
+        max_tokens=run.config.ppo.rollout.prompt_length,
+        on_too_long="error",
       )
 
 
@@ -204,10 +231,11 @@ def find_tokenizer(
   name = config.text.tokenizer
   if name not in ("village", "train"):
     return Tokenizer.load(name, eos=template.end)
-  folder = workdir / "tokenizer"
-  if not (folder / "tokenizer.json").exists():
+  folder, fresh = workdir / "tokenizer", workdir / "tmp-tokenizer"
+  if not (workdir / "config.json").exists() or differs(config, workdir):
     make = village_tokenizer if name == "village" else train_tokenizer
-    make(config, data).save(folder)
+    make(config, data).save(fresh)
+    files.replace_directory(fresh, folder)
   return Tokenizer.load(folder, eos=template.end)
 
 
