@@ -54,10 +54,12 @@ def fit(
   )
   heldout = metrics.Jsonl(stage.directory / "heldout.jsonl", after=restored.step)
   with recording as writers, heldout:
+    guard = loop.finite_guard(checkpoints.describe_latest)
 
     def assess(step, state, _):
       figures = evaluate(state)
       heldout(step, figures)
+      guard(step, figures)  # a state that fails here is none to go back to
       checkpoints.save(step, state, score=figures.get("score"))
 
     state = loop.run(
@@ -65,7 +67,7 @@ def fit(
       restored.state,
       batches_from(restored.step),
       stage.num_steps,
-      writers=[*writers, loop.finite_guard(checkpoints.describe_latest)],
+      writers=[*writers, guard],
       hooks=[loop.every(stage.eval_every, assess)],
     )
   return state, checkpoints
