@@ -57,17 +57,17 @@ def standard() -> ConfigDict:
   )
 
   config.sft = dict(
-    num_steps=600,
-    batch_size=48,  # rows
+    num_steps=1_600,
+    batch_size=16,  # rows
     sequence_length=72,  # tokens; dialogues are packed
     supervise="last",  # earlier turns hold mistakes on purpose
-    eval_every=150,
+    eval_every=400,
     frozen=(),
-    optim=optim(2e-3, "cosine", final_fraction=0.1, warmup_steps=50),
+    optim=optim(4e-3, "cosine", final_fraction=0.1, warmup_steps=50),
   )
 
   config.comparisons = dict(
-    prompts=1_500,
+    prompts=4_000,
     responses=4,  # K; InstructGPT: 4 to 9
     include_original=False,
     include_recorded=False,
@@ -89,15 +89,15 @@ def standard() -> ConfigDict:
   )
 
   config.reward = dict(
-    num_epochs=1,  # InstructGPT, appendix C.2: more overfits
+    num_epochs=2,  # two pass over answers of a closed world; real text overfits after one
     max_train=None,
     max_heldout=None,
-    batch_size=16,  # prompts
+    batch_size=8,  # prompts
     max_responses=4,
     sequence_length=70,
-    eval_every=50,
+    eval_every=250,
     frozen=(),
-    optim=optim(5e-4, "cosine", final_fraction=0.1, warmup_steps=10),
+    optim=optim(1e-3, "cosine", final_fraction=0.1, warmup_steps=10),
   )
 
   config.ppo = dict(
@@ -113,7 +113,7 @@ def standard() -> ConfigDict:
     missing_eos="replace",  # N+
     missing_eos_penalty=5.0,
     ema_decay=0.0,
-    kl=dict(coef=0.05, target=None, horizon=10_000.0),
+    kl=dict(coef=0.1, target=None, horizon=10_000.0),
     ptx=dict(coef=0.0, ratio=1.0, sequence_length=64),
     rollout=dict(
       batch_size=128,

@@ -33,6 +33,8 @@ import sys
 from collections.abc import Callable
 
 DEVICE_FLAG = "--xla_force_host_platform_device_count"
+# XLA ends the process when one CPU device has waited 40 s for another; a busy machine takes longer.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=3600"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 MAX_DEVICES = 8  # more slices of a batch than this leave each too small to be worth a program
 PREPARED = "RLHF_JAX_PREPARED"  # set in the re-executed process
@@ -74,7 +76,7 @@ def cpu_settings(environ: dict[str, str], cores: int) -> dict[str, str]:
   flags = environ.get("XLA_FLAGS", "")
   devices = environ.get("RLHF_JAX_DEVICES", "") or str(min(MAX_DEVICES, _power_of_two(cores)))
   if DEVICE_FLAG not in flags and devices != "1":
-    settings["XLA_FLAGS"] = f"{flags} {DEVICE_FLAG}={devices}".strip()
+    settings["XLA_FLAGS"] = f"{flags} {DEVICE_FLAG}={devices} {PATIENCE}".strip()
   tunables = environ.get("GLIBC_TUNABLES", "")
   if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
     settings["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, HUGE_PAGES)))

@@ -4,16 +4,18 @@ import importlib.util
 import os
 import pathlib
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-
 from rlhf_jax import launch
 
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+  (os.environ.get("XLA_FLAGS", ""), f"{launch.DEVICE_FLAG}=8", launch.PATIENCE)
+)
 os.environ.update(launch.cache_settings(os.environ))  # the second run of the suite compiles less
 
+import jax
 import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")  # broadcasting is written out
 
 
 def pytest_collection_modifyitems(config, items):

@@ -167,7 +167,7 @@ def test_launch_imports_nothing_of_jax():
 @pytest.mark.parametrize(("cores", "devices"), [(1, None), (2, 2), (3, 2), (6, 4), (8, 8), (64, 8)])
 def test_devices_are_a_power_of_two_within_the_cores(cores, devices):
   flags = launch.cpu_settings({}, cores).get("XLA_FLAGS")
-  assert flags == (f"{launch.DEVICE_FLAG}={devices}" if devices else None)
+  assert flags == (f"{launch.DEVICE_FLAG}={devices} {launch.PATIENCE}" if devices else None)
 
 
 def test_what_the_environment_says_already_is_kept():
@@ -177,7 +177,7 @@ def test_what_the_environment_says_already_is_kept():
     "RLHF_JAX_DEVICES": "4",
   }
   settings = launch.cpu_settings(environ, 2)
-  assert settings["XLA_FLAGS"] == f"--xla_foo=1 {launch.DEVICE_FLAG}=4"
+  assert settings["XLA_FLAGS"] == f"--xla_foo=1 {launch.DEVICE_FLAG}=4 {launch.PATIENCE}"
   if sys.platform == "linux":
     assert settings["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"
   chosen = {"XLA_FLAGS": f"{launch.DEVICE_FLAG}=3", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=2"}

@@ -74,7 +74,7 @@ class KVCache:
 def rotary(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine [B, T, H/2] of the rotary angles, float32 (Su et al. 2021, eq. 15)."""
   frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angles = positions[..., None].astype(jnp.float32) * frequencies
+  angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
   return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -121,7 +121,7 @@ class RMSNorm(nn.Module):
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-    return (y * scale).astype(x.dtype)
+    return (y * scale[None, None]).astype(x.dtype)
 
 
 class Attention(nn.Module):
