@@ -17,6 +17,7 @@ from rlhf_jax.evaluation.artifacts import Artifacts, Phase
 COLORS = ("#6b7280", "#2563eb", "#c2570c", "#0f8a5f", "#8b3fd1", "#be185d")
 INK, FAINT = "#1f2328", "#c9ced6"  # text and axes; grids and reference lines
 MOST_POINTS = 300  # a longer curve is averaged over stretches of equal length
+MOST_MARKS = 60  # the same for points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Curve:
     if self.reference is not None:
       ax.axhline(self.reference, color=INK, linewidth=0.8, linestyle=":")
     if self.floor is not None:
-      ax.set_ylim(bottom=min(self.floor, ax.get_ylim()[0]))
+      ax.set_ylim(bottom=min(self.floor, ax.dataLim.y0))
     mark_rounds(ax, names)
     ax.set_xlabel(f"{'PPO' if self.stage == 'ppo' else 'optimiser'} step")
     ax.set_ylabel(self.label)
@@ -56,8 +57,8 @@ class Curve:
       low, high = ([v + sign * e for v, e in zip(values, errors)] for sign in (-1, 1))
       ax.fill_between([start + s for s in steps], low, high, color=color, alpha=0.2, linewidth=0)
     if self.heldout:
-      steps, values = artifacts.series(phase.heldout, self.heldout)
-      _, errors = artifacts.series(phase.heldout, f"{self.heldout}_stderr")
+      steps, values = thin(*artifacts.series(phase.heldout, self.heldout), MOST_MARKS)
+      _, errors = thin(*artifacts.series(phase.heldout, f"{self.heldout}_stderr"), MOST_MARKS)
       # Drawn with a rim, so that points stand out from the curve of the same colour.
       point = dict(fmt="o", color=color, markersize=5, markeredgecolor="white", elinewidth=1)
       ax.errorbar([start + s for s in steps], values, yerr=errors or None, **point)
@@ -69,9 +70,11 @@ def stages(run: Artifacts, stage: str) -> list[tuple[int, Phase]]:
   return [(index, phase) for index, phase in phases if phase.begun]
 
 
-def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
-  """A curve as the means of equal stretches of it, `MOST_POINTS` at most."""
-  width = math.ceil(len(steps) / MOST_POINTS) or 1
+def thin(
+  steps: Sequence[float], values: Sequence[float], most: int = MOST_POINTS
+) -> tuple[list[float], list[float]]:
+  """A curve as the means of equal stretches of it, `most` at most."""
+  width = math.ceil(len(steps) / most) or 1
   mean = lambda some: sum(some) / len(some)
   pick = lambda some: [mean(some[i : i + width]) for i in range(0, len(some), width)]
   return pick(steps), pick(values)

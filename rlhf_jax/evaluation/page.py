@@ -1,5 +1,6 @@
 """A self-contained web page from Python: elements that escape their text, and one style sheet."""
 
+import dataclasses
 import html
 from collections.abc import Iterable
 
@@ -39,6 +40,18 @@ def page(title: str, *body: Html) -> str:
     f"{h('title', title)}<style>{CSS}</style></head>\n"
     f"<body>{h('main', body)}</body></html>\n"
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """A piece of a page as a notebook shows it: in a frame, which keeps the two styles apart."""
+
+  body: str | Iterable
+  height: int  # pixels; more scrolls
+
+  def _repr_html_(self) -> str:
+    frame = f"width: 100%; height: {self.height}px; border: 0"
+    return h("iframe", srcdoc=page("", join(self.body)), style=frame)
 
 
 # The colours --c0, --c1, ... of the light page are `curves.COLORS`.
@@ -101,7 +114,7 @@ td.gap, th.gap { border-left: 1px solid var(--line); }
   grid-template-columns: 74px 1fr; gap: 8px; }
 .says > :first-child { color: var(--soft); font-size: 12.5px; padding-top: 2px; }
 .answers { display: grid; gap: 10px; margin-top: 10px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 220px), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 190px), 1fr)); }
 .answer { border-left: 3px solid; padding: 2px 0 2px 10px; }
 .answer .text { color: var(--ink); white-space: pre-wrap; overflow-wrap: anywhere; }
 .answer .who { font-size: 12.5px; font-weight: 650; }

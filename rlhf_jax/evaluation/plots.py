@@ -8,6 +8,7 @@ import dataclasses
 import io
 import math
 import re
+import zlib
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -20,6 +21,7 @@ from rlhf_jax.evaluation.curves import COLORS, FAINT, INK, Curve
 
 STYLE = {
   "axes.edgecolor": FAINT,
+  "axes.formatter.limits": (-9, 9),  # a power of ten above the axis would cover the rounds' names
   "axes.grid": True,
   "axes.labelcolor": INK,
   "axes.labelsize": 9,
@@ -33,6 +35,7 @@ STYLE = {
   "legend.fontsize": 8.5,
   "legend.frameon": False,
   "lines.linewidth": 1.5,
+  "svg.hashsalt": "rlhf_jax",  # else ids are random, and no two files the same
   "svg.fonttype": "none",  # text stays text: it can be searched, and follows the page's font
   "text.color": INK,
   "xtick.color": INK,
@@ -155,6 +158,7 @@ def figure(panels: Sequence[Panel], run: Artifacts, columns: int = 3) -> Figure:
   rows = -(-len(panels) // columns)
   with matplotlib.rc_context(STYLE):
     made = Figure(figsize=(4.3 * columns, 3.1 * rows), layout="constrained")
+    made.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
     for place, panel in enumerate(panels, start=1):
       ax = made.add_subplot(rows, columns, place)
       panel.draw(ax, run)
@@ -167,8 +171,7 @@ def svg(panel: Panel, run: Artifacts) -> str | None:
 
   The colours become CSS variables `--c0`, `--c1`, ..., `--ink` and `--faint`.
   """
-  # Parts are named after a hash of what they are; the salt keeps two figures of a page apart.
-  with matplotlib.rc_context({**STYLE, "svg.hashsalt": f"{panel.title} {panel.note}"}):
+  with matplotlib.rc_context(STYLE):
     made = Figure(figsize=(4.3, 2.8), layout="constrained")
     ax = made.add_subplot()
     panel.draw(ax, run)
@@ -183,6 +186,9 @@ def svg(panel: Panel, run: Artifacts) -> str | None:
   text = text[text.index("<svg") :]
   text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
   text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 role="img"', text, count=1)
-  names = {color: f"--c{i}" for i, color in enumerate(COLORS)} | {INK: "--ink", FAINT: "--faint"}
-  names["#ffffff"] = "--paper"
+  # Several of these stand in one page, whose ids must differ.
+  own = f"p{zlib.crc32((panel.title + panel.note).encode()):x}-"
+  text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{own}", text)
+  names = {color: f"--c{i}" for i, color in enumerate(COLORS)}
+  names |= {INK: "--ink", FAINT: "--faint", "#ffffff": "--paper"}
   return re.sub("|".join(names), lambda found: f"var({names[found[0]]})", text)

@@ -8,7 +8,7 @@ It is made from the run's own records (see `artifacts`), of any number of rounds
 import json
 import pathlib
 
-from rlhf_jax.evaluation import artifacts, plots, tables
+from rlhf_jax.evaluation import artifacts, cards, plots, tables
 from rlhf_jax.evaluation.artifacts import Artifacts, Policy
 from rlhf_jax.evaluation.curves import MOST_POINTS, stages
 from rlhf_jax.evaluation.page import Html, h, page
@@ -16,7 +16,6 @@ from rlhf_jax.evaluation.tables import color, fixed, with_error
 from rlhf_jax.training import files
 
 DIALOGUES_SHOWN = 9  # the others are folded away
-NO_BREAK = "\u00a0"  # a space that keeps a figure on one line
 
 
 def write(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -185,52 +184,17 @@ def curves(run: Artifacts) -> list[Html | str]:
 
 def dialogues(run: Artifacts) -> Html | str:
   """The same prompts, answered by each policy."""
-  if not run.policies:
-    return ""
-  by_prompt = {}
-  for policy in run.policies:
-    for found in policy.own["dialogues"]:
-      by_prompt.setdefault(json.dumps(found["messages"]), {})[policy.index] = found
-  cards = [dialogue(run, answers) for answers in by_prompt.values()]
-  if not cards:
+  found = cards.of_policies(run)
+  if not found:
     return ""
   note = (
     "The same held-out prompts, answered once by each policy with the same random numbers. Score "
     "is the reward model's of the policy's own round (SFT: the first). Parts of the gold score "
     "that an answer lost are named."
   )
-  shown, folded = cards[:DIALOGUES_SHOWN], cards[DIALOGUES_SHOWN:]
+  shown, folded = found[:DIALOGUES_SHOWN], found[DIALOGUES_SHOWN:]
   more = h("details", h("summary", f"{len(folded)} more"), folded) if folded else ""
   return section("Dialogues side by side", note, shown, more)
-
-
-def dialogue(run: Artifacts, answers: dict[int, dict]) -> Html:
-  """One prompt and its answers, by index of the policy."""
-  some = next(iter(answers.values()))
-  said = [
-    h("div", h("span", message["role"]), h("span", message["content"]), class_="says")
-    for message in some["messages"]
-  ]
-  replies = [answer(p, answers[p.index]) for p in run.policies if p.index in answers]
-  kind = h("div", some["category"], class_="kind")
-  return h("div", kind, said, h("div", replies, class_="answers"), class_="card dialogue")
-
-
-def answer(policy: Policy, found: dict) -> Html:
-  """What one policy said, and what it is worth."""
-  figures = [f"gold {fixed(found['gold'], 2)}", f"score {fixed(found['score'], 2)}"]
-  parts = {name: value for name, value in found["parts"].items() if name != "refused"}
-  figures += [f"{name} {fixed(value, 1)}" for name, value in parts.items() if value < 1]
-  if not found["finished"]:
-    figures.append("cut off at the length limit")
-  return h(
-    "div",
-    h("div", policy.label, class_="who"),
-    h("div", found["response"] or "(nothing)", class_="text"),
-    h("div", " · ".join(f.replace(" ", NO_BREAK) for f in figures), class_="figures"),
-    class_="answer",
-    style=f"color: {color(policy.index)}",
-  )
 
 
 def lineage(run: Artifacts) -> Html | str:
