@@ -13,6 +13,7 @@ from rlhf_jax import launch
 if __name__ == "__main__":
   launch.prepare()
 
+import rich.box
 import rich.console
 import rich.table
 
@@ -33,18 +34,20 @@ def main(config, workdir, policy):
   kept = run.workdir / "evaluation" / f"{policy.replace('/', '_')}.json"
   files.ensure_writable(kept.parent)
   files.write_json_atomic(kept, {"policy": policy, "reward_model": reward_model, **found})
-  rich.console.Console().print(table(f"{policy}, scored by {reward_model}", found), soft_wrap=True)
+  rich.console.Console().print(table(f"{policy}, scored by {reward_model}", found))
 
 
 def table(title, found):
-  """A row for each kind of prompt and one for all; means with their standard errors."""
-  shown = rich.table.Table("prompts", "n", title=title)
-  names = ("gold", "score", "kl", "length", "finished")
-  for name in names:
-    shown.add_column(name, justify="right")
+  """A row for each kind of prompt and one for all; ± is a standard error."""
+  shown = rich.table.Table(title=title, box=rich.box.SIMPLE, collapse_padding=True)
+  shown.add_column("prompts", no_wrap=True)
+  for name in ("n", "gold", "score", "kl", "length", "finished"):
+    shown.add_column(name, justify="right", no_wrap=True)
   for kind, figures in [*found["categories"].items(), ("all", found["overall"])]:
-    cells = [f"{figures[name]:.2f} ± {figures[f'{name}_stderr']:.2f}" for name in names]
-    shown.add_row(kind, str(figures["n"]), *cells)
+    means = [f"{figures[k]:z.2f} ±{figures[f'{k}_stderr']:.2f}" for k in ("gold", "score", "kl")]
+    rest = [f"{figures['length']:.1f}", f"{figures['finished']:.0%}"]
+    shown.add_row(kind, str(figures["n"]), *means, *rest)
+  shown.caption = ", ".join(f"{k} {v:.2f}" for k, v in found["overall"]["parts"].items())
   return shown
 
 

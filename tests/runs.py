@@ -1,0 +1,91 @@
+"""Runs of the village's tiny config, shared by the tests that go through a whole experiment."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from rlhf_jax import config as config_lib
+from rlhf_jax.generation.sampling import SamplingConfig
+from rlhf_jax.training import checkpoint
+
+ROOT = pathlib.Path(__file__).parents[1]
+VILLAGE = ROOT / "configs/village.py"
+
+
+def tiny(data_dir, **overrides):
+  """The tiny config with noisy labelers (or all its comparisons are ties, and nothing is learnt).
+
+  `overrides` are named like `sft__num_steps`.
+  """
+  values = {"rounds": 1, "labelers__noise": 1.0, "data__prepare__data_dir": str(data_dir)}
+  texts = {k.replace("__", "."): str(v) for k, v in (values | overrides).items()}
+  return config_lib.load(f"{VILLAGE}:tiny", texts)
+
+
+def arguments(data_dir, workdir, **overrides):
+  """The same as a command line."""
+  values = {"rounds": 1, "labelers__noise": 1.0, "data__prepare__data_dir": str(data_dir)}
+  texts = [f"--config.{k.replace('__', '.')}={v}" for k, v in (values | overrides).items()]
+  return [f"--config={VILLAGE}:tiny", f"--workdir={workdir}", *texts]
+
+
+def experiment(name):
+  """The module experiments/NAME.py, loaded once."""
+  module_name = f"experiment_{name}"
+  if module_name not in sys.modules:
+    path = ROOT / "experiments" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[module_name])
+  return sys.modules[module_name]
+
+
+def start(name, *args, **kwargs):
+  """A process of its own, as a user starts it: two CPU devices, whatever this one has."""
+  ours = re.compile("XLA_FLAGS|GLIBC|RLHF_JAX_(DEVICES|PREPARED)")
+  environ = {key: value for key, value in os.environ.items() if not ours.match(key)}
+  environ |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "RLHF_JAX_DEVICES": "2"}
+  command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, args)]
+  return subprocess.Popen(
+    command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
+  )
+
+
+def results(workdir):
+  """Everything a run has to show, without what depends on the clock, by path.
+
+  Texts as they stand, parameters as a digest of their bits.
+  """
+  found = {}
+  for path in sorted(workdir.rglob("*")):
+    name = str(path.relative_to(workdir))
+    if path.name == "done.json":
+      found[name] = json.loads(path.read_text())["result"]
+    elif path.name == "lineage.json" or path.suffix == ".jsonl" and path.name != "timing.jsonl":
+      found[name] = path.read_text()
+    elif path.name in ("policy", "policy_last", "reward_model"):
+      params, _ = checkpoint.load_params(path)
+      digest = hashlib.sha256()
+      for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+      found[name] = digest.hexdigest()
+  return found
+
+
+def fingerprint(folder):
+  """The bytes of every file below a folder, by path."""
+  files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+  return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def sampling(max_new_tokens, **changes):
+  values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | changes
+  return SamplingConfig(max_new_tokens=max_new_tokens, **values)
