@@ -69,7 +69,7 @@ SFT = (
 REWARD = (
   Panel(
     "Loss",
-    "Mean -log σ(score of the better - score of the worse) over the pairs of a prompt; guessing "
+    "Mean −log σ(score of the better − score of the worse) over the pairs of a prompt; guessing "
     "costs log 2 = 0.69 (dotted).",
     Curve(
       "reward",
@@ -102,7 +102,7 @@ PPO = (
   ),
   Panel(
     "KL to SFT",
-    "How far the policy has moved, log π(answer) - log π_SFT(answer); the band is one standard "
+    "How far the policy has moved, log π(answer) − log π_SFT(answer); the band is one standard "
     "error.",
     Curve("ppo", "objective/kl", "nats a response", "eval/kl"),
   ),
