@@ -145,6 +145,7 @@ def gold_against_kl(ax: Axes, run: Artifacts) -> None:
     place["xytext"] = (7, 6 if policy.index % 2 else -13)  # close neighbours stay readable
     ax.annotate(policy.label, (distance, gold), **place)
   ax.margins(x=0.25, y=0.15)
+  ax.set_xlim(left=-0.06 * (max(distances) or 1.0))  # no distance is below 0
   if run.maximum is not None:
     ax.axhline(run.maximum, color=INK, linewidth=0.8, linestyle=":")
     place = dict(xycoords=ax.get_yaxis_transform(), textcoords="offset points", fontsize=8.5)
