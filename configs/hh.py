@@ -109,26 +109,7 @@ def common() -> ConfigDict:
   config.seed = 0
   config.rounds = 2
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
-
-  config.data = dict(
-    prepare=dict(data_dir="~/.cache/rlhf_jax/data", heldout_fraction=0.1, split_seed=0),
-    village=None,
-    hh_rlhf=dict(
-      paths=files("hh-rlhf/helpful-base.jsonl.gz", "hh-rlhf/harmless-base.jsonl.gz"),
-      on_malformed="skip",  # a few pairs have no common prompt
-    ),
-    open_assistant=None,
-    instructions=dict(  # written for a model that follows instructions, rewritten as dialogues
-      paths=files("instructions/instruction-data.json.gz", "dolly-open-qa/open_qa.jsonl.gz"),
-      on_malformed="skip",
-    ),
-    jsonl=None,
-    text=dict(
-      paths=files("text/wikitext-2-valid.txt.gz"), on_malformed="error", document_chars=2_000
-    ),
-    weights=dict(hh_rlhf=0.6, instructions=0.4, text=1.0),
-    prompts_from=("comparison",),
-  )
+  config.data = data()
 
   config.sft = dict(
     num_steps=1,
@@ -173,8 +154,37 @@ def common() -> ConfigDict:
     frozen=(),
     optim=optim(1e-4, "cosine", final_fraction=0.1, warmup_steps=5),
   )
+  config.ppo = ppo(sampling)
+  config.evaluation = dict(prompts=64, examples=12)
+  return config
 
-  config.ppo = dict(
+
+def data() -> dict:
+  """People's comparisons, instructions for SFT, text for PPO-ptx."""
+  return dict(
+    prepare=dict(data_dir="~/.cache/rlhf_jax/data", heldout_fraction=0.1, split_seed=0),
+    village=None,
+    hh_rlhf=dict(
+      paths=files("hh-rlhf/helpful-base.jsonl.gz", "hh-rlhf/harmless-base.jsonl.gz"),
+      on_malformed="skip",  # a few pairs have no common prompt
+    ),
+    open_assistant=None,
+    instructions=dict(  # written for a model that follows instructions, rewritten as dialogues
+      paths=files("instructions/instruction-data.json.gz", "dolly-open-qa/open_qa.jsonl.gz"),
+      on_malformed="skip",
+    ),
+    jsonl=None,
+    text=dict(
+      paths=files("text/wikitext-2-valid.txt.gz"), on_malformed="error", document_chars=2_000
+    ),
+    weights=dict(hh_rlhf=0.6, instructions=0.4, text=1.0),
+    prompts_from=("comparison",),
+  )
+
+
+def ppo(sampling: dict) -> dict:
+  """InstructGPT's KL coefficient; the rest is sized for a CPU."""
+  return dict(
     num_steps=1,
     epochs=2,
     minibatches=2,
@@ -195,9 +205,6 @@ def common() -> ConfigDict:
     policy_optim=optim(5e-5, "linear", final_fraction=0.0, warmup_steps=2),
     value_optim=optim(2e-4, "linear", final_fraction=0.0, warmup_steps=2),
   )
-
-  config.evaluation = dict(prompts=64, examples=12)
-  return config
 
 
 def files(*names: str) -> tuple[str, ...]:

@@ -28,34 +28,8 @@ def standard() -> ConfigDict:
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.text = dict(template="village", tokenizer="village", vocab_size=1, on_too_long="error")
   config.pretrained = None
-
-  config.model = dict(
-    vocab_size=288,  # the village's few hundred words, rounded up
-    d_model=96,
-    n_layers=3,
-    n_heads=3,
-    n_kv_heads=3,
-    head_dim=32,
-    d_ff=288,
-    rope_base=10_000.0,
-    norm_eps=1e-5,
-    tie_embeddings=False,
-    scan_layers=False,
-    dtype="float32",
-  )
-
-  config.data = dict(
-    prepare=dict(data_dir="~/.cache/rlhf_jax/data", heldout_fraction=0.1, split_seed=0),
-    village=config_lib.to_dict(village.STANDARD),
-    hh_rlhf=None,
-    open_assistant=None,
-    instructions=None,
-    jsonl=None,
-    text=None,
-    weights=dict(village=1.0),
-    prompts_from=("prompt",),
-  )
-
+  config.model = model()
+  config.data = data()
   config.sft = dict(
     num_steps=1_600,
     batch_size=16,  # rows
@@ -99,8 +73,47 @@ def standard() -> ConfigDict:
     frozen=(),
     optim=optim(1e-3, "cosine", final_fraction=0.1, warmup_steps=10),
   )
+  config.ppo = ppo()
+  config.evaluation = dict(prompts=500, examples=27)
+  return config
 
-  config.ppo = dict(
+
+def model() -> dict:
+  """A model of 0.4 million parameters."""
+  return dict(
+    vocab_size=288,  # the village's few hundred words, rounded up
+    d_model=96,
+    n_layers=3,
+    n_heads=3,
+    n_kv_heads=3,
+    head_dim=32,
+    d_ff=288,
+    rope_base=10_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+    scan_layers=False,
+    dtype="float32",
+  )
+
+
+def data() -> dict:
+  """The village, and nothing else."""
+  return dict(
+    prepare=dict(data_dir="~/.cache/rlhf_jax/data", heldout_fraction=0.1, split_seed=0),
+    village=config_lib.to_dict(village.STANDARD),
+    hh_rlhf=None,
+    open_assistant=None,
+    instructions=None,
+    jsonl=None,
+    text=None,
+    weights=dict(village=1.0),
+    prompts_from=("prompt",),
+  )
+
+
+def ppo() -> dict:
+  """Sixty batches of 128 episodes."""
+  return dict(
     num_steps=60,
     epochs=1,  # InstructGPT, appendix C.4
     minibatches=4,
@@ -125,9 +138,6 @@ def standard() -> ConfigDict:
     policy_optim=optim(3e-4, "linear", final_fraction=0.0, warmup_steps=0),
     value_optim=optim(1e-3, "linear", final_fraction=0.0, warmup_steps=0),
   )
-
-  config.evaluation = dict(prompts=500, examples=27)
-  return config
 
 
 def optim(
