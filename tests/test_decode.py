@@ -40,12 +40,12 @@ def sampled(params):
   return prompts, compiled()(params, prompts, jax.random.key(0))
 
 
-@functools.partial(jax.jit, static_argnames="temperature")
-def fresh_logprobs(params, prompts, completion, temperature):
+@jax.jit
+def fresh_logits(params, prompts, completion):
+  """Logits [B, R, V] of one forward pass over the finished rows."""
   sequences = jnp.concatenate([prompts.tokens, completion.tokens], axis=1)
   mask = jnp.concatenate([prompts.mask, completion.mask], axis=1)
-  logits = likelihood.response_logits(tiny.POLICY, params, sequences, mask, R)
-  return likelihood.token_logprobs(logits, completion.tokens, temperature)
+  return likelihood.response_logits(tiny.POLICY, params, sequences, mask, R)
 
 
 def assert_same(completion, expected, rows=slice(None)):
@@ -63,7 +63,8 @@ def test_generation_logprobs_equal_those_of_a_fresh_forward_pass(params, tempera
   completion = compiled(tiny.changed(SAMPLING, temperature=temperature))(
     params, prompts, jax.random.key(1)
   )
-  fresh = fresh_logprobs(params, prompts, completion, temperature)
+  logits = fresh_logits(params, prompts, completion)
+  fresh = likelihood.token_logprobs(logits, completion.tokens, temperature)
   live = np.asarray(completion.mask) > 0
   assert 0 < live.sum() < live.size  # some rows ended early
   np.testing.assert_allclose(completion.logprobs[live], fresh[live], rtol=1e-4, atol=1e-5)
@@ -149,12 +150,8 @@ def test_greedy_decoding_is_the_argmax_of_fresh_forward_passes(params):
   prompts = tiny.mixed_prompts(B, P, 3)
   greedy = compiled(tiny.changed(SAMPLING, temperature=0.0), stop_ids=())
   completion = greedy(params, prompts, jax.random.key(0))
-  sequences = jnp.concatenate([prompts.tokens, completion.tokens], axis=1)
-  mask = jnp.concatenate([prompts.mask, completion.mask], axis=1)
   # Causality makes one pass over the finished rows as good as R passes over their prefixes.
-  logits = jax.jit(
-    lambda params: likelihood.response_logits(tiny.POLICY, params, sequences, mask, R)
-  )(params)
+  logits = fresh_logits(params, prompts, completion)
   np.testing.assert_array_equal(completion.tokens, jnp.argmax(logits, axis=-1))
   np.testing.assert_array_equal(completion.logprobs, 0.0)
 
@@ -164,11 +161,7 @@ def test_truncated_generation_reports_the_truncated_distribution(params):
   prompts = tiny.mixed_prompts(B, P, 4)
   sampling = tiny.changed(SAMPLING, top_k=2, temperature=0.8)
   completion = compiled(sampling, stop_ids=())(params, prompts, jax.random.key(0))
-  sequences = jnp.concatenate([prompts.tokens, completion.tokens], axis=1)
-  mask = jnp.concatenate([prompts.mask, completion.mask], axis=1)
-  logits = jax.jit(
-    lambda params: likelihood.response_logits(tiny.POLICY, params, sequences, mask, R)
-  )(params)
+  logits = fresh_logits(params, prompts, completion)
   best = np.sort(np.asarray(logits), axis=-1)[..., -2:] / 0.8
   chosen = np.take_along_axis(np.asarray(logits), completion.tokens[..., None], axis=-1)[..., 0]
   expected = chosen / 0.8 - np.log(np.sum(np.exp(best), axis=-1))
@@ -198,15 +191,10 @@ class Successor(nn.Module):
 
 def test_a_policy_that_counts_makes_responses_that_count_to_the_stop_token():
   prompts = tiny.left_padded([[3], [9, 5], [8, 8, 10]], P)
-  completion = decode.generate(
-    Successor(tiny.MODEL),
-    {},
-    prompts,
-    jax.random.key(0),
-    config=SAMPLING,
-    stop_ids=(12,),
-    pad_id=tiny.PAD,
+  generate = functools.partial(
+    decode.generate, Successor(tiny.MODEL), config=SAMPLING, stop_ids=(12,), pad_id=tiny.PAD
   )
+  completion = jax.jit(generate)({}, prompts, jax.random.key(0))
   expected = [[4, 5, 6, 7, 8, 9], [6, 7, 8, 9, 10, 11], [11, 12, 0, 0, 0, 0]]
   np.testing.assert_array_equal(completion.tokens, expected)
   np.testing.assert_array_equal(completion.finished, [0.0, 0.0, 1.0])

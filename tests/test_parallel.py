@@ -20,6 +20,8 @@ from rlhf_jax.training import optim
 from rlhf_jax.types import TokenBatch, UserError
 
 B, P = 16, 5
+MODEL = tiny.changed(tiny.MODEL, n_layers=1)
+POLICY, SCALAR = heads.Policy(MODEL), heads.ScalarNetwork(MODEL)
 MESHES = {"data=8": (8, 1, 1), "data=2, fsdp=2, tensor=2": (2, 2, 2)}
 # Adam divides by the root of v, so where a gradient is all but 0 its rounding would be blown up.
 OPTIM = tiny.changed(tiny.OPTIM, eps=1e-2)
@@ -32,7 +34,7 @@ CONFIG = tiny.changed(
   policy_optim=OPTIM,
   value_optim=OPTIM,
 )
-LEARNER = ppo.make_learner(tiny.POLICY, tiny.SCALAR, CONFIG, stem_blocks=0)
+LEARNER = ppo.make_learner(POLICY, SCALAR, CONFIG, stem_blocks=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,9 +51,9 @@ def mesh(request):
 @pytest.fixture(scope="module")
 def networks():
   return {
-    "policy": tiny.params(tiny.POLICY, 0),
-    "critic": tiny.params(tiny.SCALAR, 3),
-    "judges": Judges(tiny.params(tiny.POLICY, 1), tiny.params(tiny.SCALAR, 2)),
+    "policy": tiny.params(POLICY, 0),
+    "critic": tiny.params(SCALAR, 3),
+    "judges": Judges(tiny.params(POLICY, 1), tiny.params(SCALAR, 2)),
   }
 
 
@@ -67,10 +69,10 @@ def assert_split(tree, mesh):
 
 def sample(policy, critic, judges, prompts, key):
   completion = decode.generate(
-    tiny.POLICY, policy, prompts, key, config=tiny.SAMPLING, stop_ids=(1, 2, 3), pad_id=tiny.PAD
+    POLICY, policy, prompts, key, config=tiny.SAMPLING, stop_ids=(1, 2, 3), pad_id=tiny.PAD
   )
   parts = (judges, critic, prompts, completion)
-  return rollout.score(tiny.POLICY, tiny.SCALAR, *parts, temperature=1.0)
+  return rollout.score(POLICY, SCALAR, *parts, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def sft_start(networks):
 
 
 def sft_step(state, batch):
-  return sft.step(state, batch, {}, policy=tiny.POLICY, optimizer=optim.make(OPTIM, 10))
+  return sft.step(state, batch, {}, policy=POLICY, optimizer=optim.make(OPTIM, 10))
 
 
 def ppo_start(networks):

@@ -20,9 +20,9 @@ TABLE = jnp.arange(tiny.MODEL.vocab_size, dtype=jnp.float32) / 4.0
 LOOKUP = SimpleNamespace(apply=lambda variables, tokens, *_: variables["params"][tokens])
 
 
-def ranking_batch(prompts, ranks, width=None):
-  """A batch of prompts, each a list of K answers (lists of ids), padded to the widest K."""
-  B, K = len(prompts), width or max(len(answers) for answers in prompts)
+def ranking_batch(prompts, ranks, rows=7, width=9):
+  """Prompts, each a list of answers (lists of ids), in `rows` rows of `width` slots."""
+  B, K = rows, width
   tokens, mask = np.zeros((B, K, T), np.int32), np.zeros((B, K, T), np.float32)
   valid, lengths = np.zeros((B, K), np.float32), np.zeros((B, K), np.int32)
   ordered = np.zeros((B, K), np.int32)
@@ -41,6 +41,10 @@ def params():
 @jax.jit
 def score(params, tokens, mask):
   return reward.score_sequences(tiny.SCALAR, params, tokens, mask)
+
+
+lookup_loss = jax.jit(jax.value_and_grad(lambda table, b: reward.loss(LOOKUP, table, b)[0]))
+lookup_evaluate = jax.jit(lambda batch: reward.evaluate(LOOKUP, TABLE, batch))
 
 
 # The loss.
@@ -64,7 +68,7 @@ def test_two_answers_give_the_pairwise_loss(gap):
 @pytest.mark.conformance("A11")
 def test_a_prompt_with_nine_answers_weighs_as_much_as_one_with_four():
   nine, four = [[i + 2] for i in range(9)], [[i + 20] for i in range(4)]
-  loss = lambda prompts, ranks: reward.loss(LOOKUP, TABLE, ranking_batch(prompts, ranks, 9))[0]
+  loss = lambda prompts, ranks: lookup_loss(TABLE, ranking_batch(prompts, ranks))[0]
   alone = [loss([nine], [range(9)]), loss([four], [range(4)])]
   together = loss([nine, four], [range(9), range(4)])
   np.testing.assert_allclose(together, np.mean(alone), rtol=1e-6)
@@ -80,8 +84,8 @@ def test_each_answer_goes_forward_once_and_all_in_one_call():
     shapes.append(tokens.shape)
     return variables["params"][tokens]
 
-  batch = ranking_batch([[[2], [3], [4], [5]]] * 3, [range(4)] * 3)
-  scores = reward.loss(SimpleNamespace(apply=apply), TABLE, batch)[1]
+  batch = ranking_batch([[[2], [3], [4], [5]]] * 3, [range(4)] * 3, rows=3, width=4)
+  scores = jax.jit(lambda b: reward.loss(SimpleNamespace(apply=apply), TABLE, b)[1])(batch)
   assert shapes == [(3 * 4, T)]
   np.testing.assert_allclose(scores, [[0.5, 0.75, 1.0, 1.25]] * 3)
 
@@ -100,11 +104,10 @@ def test_ties_make_no_pair():
 @pytest.mark.conformance("A13", "B30")
 def test_prompts_without_a_pair_have_no_weight_and_no_gradient():
   answers, tied = [[2], [9]], [[4], [5]]
-  loss = lambda table, prompts, ranks: reward.loss(LOOKUP, table, ranking_batch(prompts, ranks))[0]
-  with_tie = jax.grad(loss)(TABLE, [answers, tied, []], [[0, 1], [0, 0], []])
-  without = jax.grad(loss)(TABLE, [answers], [[0, 1]])
-  np.testing.assert_allclose(with_tie, without, rtol=1e-6)
-  value, gradient = jax.value_and_grad(loss)(TABLE, [tied, []], [[0, 0], []])
+  run = lambda prompts, ranks: lookup_loss(TABLE, ranking_batch(prompts, ranks))
+  with_tie, without = run([answers, tied, []], [[0, 1], [0, 0], []]), run([answers], [[0, 1]])
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), with_tie, without)
+  value, gradient = run([tied, []], [[0, 0], []])
   assert value == 0.0 and np.all(np.asarray(gradient) == 0.0)
 
 
@@ -165,7 +168,7 @@ def test_an_eos_inside_the_prompt_or_used_as_padding_does_not_move_the_index(par
 
 @pytest.mark.conformance("A19")
 def test_a_constant_model_has_accuracy_0():
-  batch = ranking_batch([[[2], [3], [4]]] * 2, [[0, 1, 2]] * 2)
+  batch = ranking_batch([[[2], [3], [4]]] * 2, [[0, 1, 2]] * 2, rows=2, width=3)
   counts = reward.count_pairs(jnp.zeros((2, 3)), batch)
   assert (counts["pairs"], counts["correct"]) == (6.0, 0.0)
 
@@ -173,7 +176,7 @@ def test_a_constant_model_has_accuracy_0():
 @pytest.mark.conformance("A19", "A23")
 def test_accuracy_and_the_longer_answer_baseline_count_strictly_better_pairs():
   # Of the three pairs, scores get (0, 1) and (0, 2) right and tie on (1, 2); lengths get one.
-  batch = ranking_batch([[[2, 2], [2], [2, 2, 2]]], [[0, 1, 2]])
+  batch = ranking_batch([[[2, 2], [2], [2, 2, 2]]], [[0, 1, 2]], rows=1, width=3)
   sums = reward.count_pairs(jnp.array([[1.0, 0.0, 0.0]]), batch)
   assert (sums["pairs"], sums["correct"], sums["longer_correct"]) == (3.0, 2.0, 1.0)
 
@@ -182,7 +185,7 @@ def test_accuracy_and_the_longer_answer_baseline_count_strictly_better_pairs():
 def test_calibration_bins_predicted_probability_beside_the_share_that_was_right():
   # Gaps 2.25 (right), 2.25 (wrong) and 0.25 (right), as differences of the table's values.
   batch = ranking_batch([[[12], [3]], [[3], [12]], [[4], [3]]], [[0, 1]] * 3)
-  summary = reward.summarize(reward.evaluate(LOOKUP, TABLE, batch))
+  summary = reward.summarize(lookup_evaluate(batch))
   sigmoid = lambda x: 1.0 / (1.0 + np.exp(-x))
   expected = [(sigmoid(0.25), 1.0, 1), (sigmoid(2.25), 0.5, 2)]
   np.testing.assert_allclose(summary["calibration"], expected, rtol=1e-5)
@@ -196,7 +199,7 @@ def test_calibration_bins_predicted_probability_beside_the_share_that_was_right(
 def test_sums_over_batches_of_different_size_give_the_figures_of_the_whole():
   prompts = [[[i], [(7 * i) % 30]] for i in range(2, 9)]
   ranks = [[0, 1]] * 7
-  evaluate = lambda part: reward.evaluate(LOOKUP, TABLE, ranking_batch(prompts[part], ranks[part]))
+  evaluate = lambda part: lookup_evaluate(ranking_batch(prompts[part], ranks[part]))
   parts = [evaluate(slice(0, 1)), evaluate(slice(1, 7))]
   added = reward.summarize(jax.tree.map(lambda *x: sum(x), *parts))
   whole = reward.summarize(evaluate(slice(0, 7)))
@@ -228,7 +231,8 @@ def hidden_rule_batch(seed, B=16, K=4):
     for _ in range(B)
   ]
   counts = np.array([[np.mean(np.array(a) < 20) for a in answers] for answers in prompts])
-  return ranking_batch(prompts, [[int(np.sum(row > x)) for x in row] for row in counts])
+  ranks = [[int(np.sum(row > x)) for x in row] for row in counts]
+  return ranking_batch(prompts, ranks, rows=B, width=K)
 
 
 @pytest.fixture(scope="module")
@@ -246,9 +250,9 @@ def test_the_reward_model_learns_a_hidden_rule(learning):
   for i in range(60):
     state, metrics = step(state, hidden_rule_batch(i), frozen)
   assert int(state.step) == 60
-  figures = reward.summarize(
-    reward.evaluate(tiny.SCALAR, optim.merge(state.params, frozen), hidden_rule_batch(1000))
-  )
+  evaluate = jax.jit(functools.partial(reward.evaluate, tiny.SCALAR))
+  heldout = hidden_rule_batch(1000)
+  figures = reward.summarize(evaluate(optim.merge(state.params, frozen), heldout))
   assert figures["accuracy"] > 0.85
   assert abs(figures["longer_accuracy"] - 0.45) < 0.15  # length gives nothing away
 
