@@ -202,6 +202,26 @@ def test_a_policy_that_counts_makes_responses_that_count_to_the_stop_token():
   np.testing.assert_allclose(completion.logprobs, 0.0, atol=1e-6)
 
 
+class Indifferent(Successor):
+  """A policy to which all tokens are alike."""
+
+  def logits(self, hidden):
+    return 0.0 * hidden
+
+
+@pytest.mark.conformance("A36")
+def test_columns_of_a_row_draw_independently():
+  n, prompts = 1000, tiny.mixed_prompts(1000, P, 0)
+  generate = functools.partial(
+    decode.generate, Indifferent(tiny.MODEL), config=SAMPLING, stop_ids=(), pad_id=tiny.PAD
+  )
+  tokens = np.asarray(jax.jit(generate)({}, prompts, jax.random.key(0)).tokens)
+  # Two columns agree by chance in one of 40 rows; five deviations around that.
+  for column in range(1, R):
+    agreeing = np.sum(tokens[:, column] == tokens[:, column - 1])
+    assert abs(agreeing - n / 40) < 5.0 * (n / 40) ** 0.5
+
+
 def test_decoding_is_one_loop_on_the_device(params):
   prompts = tiny.mixed_prompts(B, P, 0)
   traces = []
