@@ -116,6 +116,7 @@ def common() -> ConfigDict:
     batch_size=1,
     sequence_length=1,
     supervise="all",
+    max_heldout=64,
     eval_every=1,
     frozen=(),
     optim=optim(1e-4, "cosine", final_fraction=0.1, warmup_steps=10),
@@ -146,7 +147,7 @@ def common() -> ConfigDict:
   config.reward = dict(
     num_epochs=1,  # InstructGPT, appendix C.2: more overfits
     max_train=None,
-    max_heldout=None,
+    max_heldout=64,
     batch_size=1,  # prompts
     max_responses=4,
     sequence_length=1,

@@ -37,6 +37,7 @@ def instructgpt() -> ConfigDict:
     batch_size=32,  # IG C.1
     sequence_length=2_048,  # IG: prompt and response of at most 1k tokens each
     supervise="all",
+    max_heldout=None,
     eval_every=400,  # an epoch
     frozen=(),
     optim=adam(9.65e-6, "cosine", final_fraction=0.1),  # IG C.1: no warm-up
@@ -77,6 +78,7 @@ def nplus() -> ConfigDict:
     batch_size=128,  # N+
     sequence_length=1_024,
     supervise="last",
+    max_heldout=None,
     eval_every=114,
     frozen=(),
     optim=adam(3e-6, "cosine", final_fraction=0.0, beta2=0.999),  # N+

@@ -31,17 +31,18 @@ def standard() -> ConfigDict:
   config.model = model()
   config.data = data()
   config.sft = dict(
-    num_steps=1_600,
+    num_steps=2_000,
     batch_size=16,  # rows
     sequence_length=72,  # tokens; dialogues are packed
     supervise="last",  # earlier turns hold mistakes on purpose
-    eval_every=400,
+    max_heldout=None,
+    eval_every=500,
     frozen=(),
     optim=optim(4e-3, "cosine", final_fraction=0.1, warmup_steps=50),
   )
 
   config.comparisons = dict(
-    prompts=4_000,
+    prompts=3_000,
     responses=4,  # K; InstructGPT: 4 to 9
     include_original=False,
     include_recorded=False,
@@ -112,9 +113,9 @@ def data() -> dict:
 
 
 def ppo() -> dict:
-  """Sixty batches of 128 episodes."""
+  """Fifty batches of 128 episodes."""
   return dict(
-    num_steps=60,
+    num_steps=50,
     epochs=1,  # InstructGPT, appendix C.4
     minibatches=4,
     gamma=1.0,

