@@ -19,6 +19,7 @@ class Stage:
   unit: str  # what a step processes: "tokens", "prompts", "episodes"
   per_step: float  # how many of them
   shown: tuple[str, ...]  # metrics on the progress line
+  writers: tuple[loop.Writer, ...] = ()  # who else sees each step's metrics
 
 
 def fit(

@@ -14,9 +14,12 @@ seed, the phase and the step. `lineage.json` says what was made from what.
   workdir/round_1/after/                               ... and after it
 """
 
+import functools
 import json
 import pathlib
 from typing import Any
+
+import jax
 
 from rlhf_jax import comparisons, phases, rollout
 from rlhf_jax import config as config_lib
@@ -26,6 +29,7 @@ from rlhf_jax.evaluation import measure
 from rlhf_jax.experiment import Run
 from rlhf_jax.labelers import gold as gold_lib
 from rlhf_jax.labelers import simulated
+from rlhf_jax.networks import heads
 from rlhf_jax.parallel import rules
 from rlhf_jax.standing import Result, is_done, phase, said
 from rlhf_jax.training import checkpoint, files
@@ -193,9 +197,15 @@ def save(run: Run, folder: pathlib.Path, params: Params) -> None:
 
 
 def load(run: Run, path: str) -> Params:
-  """Parameters from a path inside the working directory, on the mesh."""
-  params, _ = checkpoint.load_params(run.workdir / path)
-  return rules.place(params, run.mesh)
+  """Parameters from a path inside the working directory, on the mesh.
+
+  Raises:
+    UserError: nothing there, damaged, or of another shape than the run's networks.
+  """
+  network = run.scalar if path.endswith("reward_model") else run.policy
+  shapes = jax.eval_shape(functools.partial(heads.init, network), jax.random.key(0))
+  params, _ = checkpoint.load_params(run.workdir / path, rules.abstract(shapes, run.mesh))
+  return params
 
 
 def read_comparisons(run: Run, path: str) -> list[Comparison]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from rlhf_jax import ppo, reward, rollout, sft
 from rlhf_jax.data import batches, rows
@@ -33,7 +34,7 @@ def supervise(run: Run, directory: pathlib.Path) -> Params:
   config = run.config.sft
   trainable, frozen = optim.split(run.initial_policy(), config.frozen)
   optimizer = optim.make(config.optim, config.num_steps)
-  state = sft.init(trainable, optimizer)
+  state = rules.place(sft.init(trainable, optimizer), run.mesh)
   abstract = rules.abstract(state, run.mesh)
   step = functools.partial(sft.step, policy=run.policy, optimizer=optimizer)
   step = rules.compile_step(step, state, run.mesh)
@@ -87,7 +88,7 @@ def fit_reward(
   params = heads.scalar_from_trunk(run.scalar, trunk, run.key("reward head"))
   trainable, frozen = optim.split(rules.place(params, run.mesh), config.frozen)
   optimizer = optim.make(config.optim, num_steps)
-  state = reward.init(trainable, optimizer)
+  state = rules.place(reward.init(trainable, optimizer), run.mesh)
   step = functools.partial(reward.step, network=run.scalar, optimizer=optimizer)
   step = rules.compile_step(step, state, run.mesh)
   evaluate_batch = functools.partial(reward.evaluate, run.scalar)
@@ -145,7 +146,9 @@ def train_policy(
   trunks = [params["trunk"] for params in (policy, judges.reward, judges.reference)]
   stem = heads.shared_stem(run.config.model, trunks, frozen_policy.get("trunk", {}))
   learner = ppo.make_learner(run.policy, run.scalar, config, stem)
-  state = ppo.init(learner, copy(policy_part), copy(critic_part), run.key(directory.parent.name))
+  key = run.key(directory.parent.name)
+  state = ppo.init(learner, copy(policy_part), copy(critic_part), key)
+  state = rules.place(state, run.mesh)
   update = rules.compile_step(functools.partial(ppo.update, learner=learner), state, run.mesh)
   _, sample = sampler(run, stem)
 
@@ -174,10 +177,28 @@ def train_policy(
     unit="episodes",
     per_step=config.rollout.batch_size,
     shown=("objective/scores", "objective/kl"),
+    writers=(warn_negative_kl,),
   )
   state, _ = fit(stage, step, state, experience_stream(run, "train"), evaluate)
   average = state.ema if config.ema_decay else state.policy
   return optim.merge(state.policy, frozen_policy), optim.merge(average, frozen_policy)
+
+
+def warn_negative_kl(step: int, metrics: dict[str, float]) -> None:
+  """A writer that warns of a mean KL clearly below 0, which no KL is.
+
+  Its cause is a response sampled from another distribution than the one that is scored; PPO then
+  earns reward by moving between the two.
+  """
+  kl, stderr = metrics["objective/kl"], metrics["objective/kl_stderr"]
+  if kl < -3.0 * stderr - 1e-3:
+    logging.warning(
+      "step %d: the mean KL is %.3f +- %.3f nats, below 0: the sampled responses do not come from "
+      "the distribution that is scored.",
+      step,
+      kl,
+      stderr,
+    )
 
 
 def sampler(run: Run, stem_blocks: int) -> tuple[Responder, Callable]:

@@ -109,6 +109,7 @@ class Experience:
   """A rollout with what is frozen over the inner epochs."""
 
   rollout: Rollout
+  scores: jax.Array  # [B], after the rule for responses that never end
   advantages: jax.Array  # [B, R], whitened over the whole batch
   returns: jax.Array  # [B, R], from the advantages before whitening
 
@@ -206,7 +207,8 @@ def experience(config: PPOConfig, seen: Rollout, kl_coef: jax.Array) -> Experien
     rewards = masked.whiten(rewards, seen.mask, shift_mean=False)
   estimate = lambda *response: advantages_lib.gae(*response, gamma=config.gamma, lam=config.lam)
   advantages, returns = jax.vmap(estimate)(rewards, seen.values, seen.mask)
-  return Experience(seen, masked.whiten(advantages, seen.mask, shift_mean=True), returns)
+  whitened = masked.whiten(advantages, seen.mask, shift_mean=True)
+  return Experience(seen, scores, whitened, returns)
 
 
 def minibatch_order(key: jax.Array, config: PPOConfig) -> jax.Array:
@@ -263,7 +265,7 @@ def update(
       updates, opt = optimizer.update(grad, opt, params)
       moved.append(optax.apply_updates(params, updates))
       opt_states.append(opt)
-    metrics["policy/grad_norm"], metrics["val/grad_norm"] = map(optax.global_norm, grads)
+    metrics["policy/grad_norm"], metrics["val/grad_norm"] = map(optax.tree.norm, grads)
     return (tuple(moved), tuple(opt_states)), metrics
 
   carry = ((state.policy, state.critic), (state.policy_opt, state.critic_opt))
@@ -298,7 +300,7 @@ def rollout_metrics(batch: Experience, kl_coef: jax.Array) -> Metrics:
     "objective/scores": jnp.mean(seen.scores),
     "objective/scores_std": jnp.std(seen.scores),
     "objective/non_score_reward": jnp.mean(-kl_coef * kl),
-    "objective/rlhf_reward": jnp.mean(seen.scores - kl_coef * kl),
+    "objective/rlhf_reward": jnp.mean(batch.scores - kl_coef * kl),
     "val/mean": masked.mean(seen.values, seen.mask),
     "val/returns_mean": masked.mean(batch.returns, seen.mask),
     "val/explained_var": 1.0 - residual / jnp.maximum(spread, 1e-8),

@@ -123,7 +123,7 @@ def step(
     "reward/accuracy": counts["correct"] / jnp.maximum(counts["pairs"], 1.0),
     "reward/score_mean": masked.mean(scores, batch.valid),
     "reward/score_std": jnp.sqrt(masked.variance(scores, batch.valid)),
-    "reward/grad_norm": optax.global_norm(grads),
+    "reward/grad_norm": optax.tree.norm(grads),
   }
   return RewardState(state.step + 1, params, opt_state), metrics
 

@@ -81,7 +81,7 @@ def step(
     "sft/loss": value,
     "sft/accuracy": metrics["accuracy"],
     "sft/tokens": metrics["tokens"],
-    "sft/grad_norm": optax.global_norm(grads),
+    "sft/grad_norm": optax.tree.norm(grads),
   }
   return SFTState(state.step + 1, params, opt_state), metrics
 

@@ -1,0 +1,33 @@
+"""The stages at work: what is drawn for them, and what they warn of."""
+
+import pytest
+
+from rlhf_jax import phases
+
+
+def test_drawing_all_keeps_the_order_and_drawing_some_repeats_none():
+  records = [f"record {i}" for i in range(20)]
+  assert phases.draw(records, None, seed=0) == records
+  some = phases.draw(records, 5, seed=0)
+  assert len(set(some)) == 5 and set(some) <= set(records)
+  assert some == phases.draw(records, 5, seed=0) != phases.draw(records, 5, seed=1)
+  assert sorted(phases.draw(records, 99, seed=0)) == sorted(records)
+
+
+@pytest.mark.conformance("B32")
+@pytest.mark.parametrize(
+  ("kl", "stderr", "warns"),
+  [
+    (-0.5, 0.1, True),
+    (-0.2, 0.1, False),
+    (-1e-7, 0.0, False),
+    (0.0, 0.0, False),
+    (3.0, 0.1, False),
+  ],
+)
+def test_a_mean_kl_clearly_below_zero_is_warned_of(monkeypatch, kl, stderr, warns):
+  said = []
+  monkeypatch.setattr(phases.logging, "warning", lambda text, *values: said.append(text % values))
+  phases.warn_negative_kl(7, {"objective/kl": kl, "objective/kl_stderr": stderr})
+  assert bool(said) == warns
+  assert all("step 7" in text and "-0.500" in text for text in said)
