@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -58,6 +59,25 @@ def test_chatgpt_goes_on_from_stages_that_are_done(staged, whole, data_dir):
   after = runs.results(staged)
   assert {name: after[name] for name in before} == before
   assert after == runs.results(whole)
+
+
+@pytest.mark.conformance("B24", "B25")
+def test_stages_cut_off_between_two_checkpoints_go_on_bit_for_bit(whole, data_dir):
+  cut = whole.parent / "cut"
+  shutil.copytree(whole, cut)
+  for stage, made in (
+    ("sft", "policy"),
+    ("round_1/reward", "reward_model"),
+    ("round_1/ppo", "policy*"),
+  ):
+    (cut / stage / "done.json").unlink()
+    for folder in (cut / stage).glob(made):
+      shutil.rmtree(folder)
+    earlier, newest = sorted((cut / stage / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    assert 0 < int(earlier.name) < int(newest.name)
+    shutil.rmtree(newest)
+  runs.experiment("chatgpt").main(runs.tiny(data_dir), cut)
+  assert runs.results(cut) == runs.results(whole)
 
 
 def test_every_stage_has_learnt_something(whole):
