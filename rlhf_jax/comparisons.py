@@ -45,13 +45,17 @@ class Labeler(Protocol):
     ...
 
 
-def choose_turn(conversation: Conversation, seed: int) -> tuple[Conversation, str]:
+def choose_turn(conversation: Conversation, seed: int) -> tuple[Conversation, str] | None:
   """One assistant message, drawn uniformly, as (its true prefix, what it said).
 
   The draw is a hash of the conversation and the seed: the same in any order, process or restart.
-  Messages that open the conversation answer nobody and are not drawn.
+  Messages that open the conversation, or follow another of the assistant's, answer nobody and are
+  not drawn; None where there are no others.
   """
-  turns = [i for i in conversation.assistant_turns if i > 0]
+  answers = lambda i: i > 0 and conversation.messages[i - 1].role == "user"
+  turns = list(filter(answers, conversation.assistant_turns))
+  if not turns:
+    return None
   digest = hashlib.sha256(f"{seed}\n{conversation.to_json()}".encode()).digest()
   index = turns[int.from_bytes(digest[:8], "big") % len(turns)]
   return conversation.prompt_before(index), conversation.messages[index].content
@@ -72,7 +76,7 @@ def draw_prompts(
   while len(chosen) < count:
     order = np.random.default_rng([seed, epoch]).permutation(len(demonstrations))
     picks = (choose_turn(demonstrations[int(i)].conversation, seed + epoch) for i in order)
-    found = [pick for pick in picks if fits(pick[0])]
+    found = [pick for pick in picks if pick is not None and fits(pick[0])]
     if not found:
       raise UserError(
         f"none of {len(demonstrations)} dialogues gives a prompt that fits; raise prompt_length."
