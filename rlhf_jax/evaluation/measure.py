@@ -20,9 +20,9 @@ def measure(run: Run, policy: Params, judges: rollout.Judges, gold: Gold) -> dic
   the policies' own.
 
   Returns:
-    {"n", "overall": figures, "categories": {category: figures}, "dialogues": [...]}, where figures
-    are means "gold", "score", "kl", "length", "finished" with standard errors "gold_stderr", ...,
-    and the parts of the gold score. KL is to the SFT policy, in nats a response.
+    {"overall": figures, "categories": {category: figures}, "dialogues": [...]}, where figures
+    are "n", means "gold", "score", "kl", "length", "finished" with standard errors "gold_stderr",
+    ..., and the "parts" of the gold score. KL is to the SFT policy, in nats a response.
   """
   responder, sample = sampler(run, 0)
   prompts = [p.conversation for p in run.data.prompts("heldout")]
@@ -73,7 +73,9 @@ def figures(described: Sequence[dict[str, Any]]) -> dict[str, Any]:
   for name in ("gold", "score", "kl", "length", "finished"):
     values = np.array([d[name] for d in described], np.float64)
     found[name] = float(values.mean())
-    found[f"{name}_stderr"] = float(values.std() / np.sqrt(len(values)))
+    # A single answer says nothing about its spread; its error is given as 0.
+    deviation = values.std(ddof=1) if len(values) > 1 else 0.0
+    found[f"{name}_stderr"] = float(deviation / np.sqrt(len(values)))
   names = described[0]["parts"]
   found["parts"] = {n: float(np.mean([d["parts"][n] for d in described])) for n in names}
   return found
