@@ -116,6 +116,7 @@ def common() -> ConfigDict:
     batch_size=1,
     sequence_length=1,
     supervise="all",
+    pretraining_share=0.1,  # InstructGPT, appendix C.3
     max_heldout=64,
     eval_every=1,
     frozen=(),

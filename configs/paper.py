@@ -8,8 +8,7 @@ Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO" (N+), which 
 al. 2020. Both are meant for accelerators; data and weights are found as in `configs/hh.py`.
 
 Where a paper is silent, the comment says whose number stands in. Not carried over: IG's dropout of
-0.2 in SFT (these networks have none) and IG's 10% of pretraining text in the SFT of PPO's initial
-policy.
+0.2 in SFT, since these networks have none.
 """
 
 import os
@@ -33,14 +32,16 @@ def get_config(arg: str = "") -> ConfigDict:
 def instructgpt() -> ConfigDict:
   config = common()
   config.sft = dict(
-    num_steps=6_500,  # IG C.1: 16 epochs of 13k prompts at batch 32
-    batch_size=32,  # IG C.1
+    # The policy that PPO starts from (IG C.3), not the SFT baseline of 16 epochs at 9.65e-6 (C.1).
+    num_steps=903,  # 2 epochs of 13k prompts at batch 32, beside the pretraining rows
+    batch_size=32,
     sequence_length=2_048,  # IG: prompt and response of at most 1k tokens each
     supervise="all",
+    pretraining_share=0.1,
     max_heldout=None,
-    eval_every=400,  # an epoch
+    eval_every=150,
     frozen=(),
-    optim=adam(9.65e-6, "cosine", final_fraction=0.1),  # IG C.1: no warm-up
+    optim=adam(5e-6, "cosine", final_fraction=0.1),
   )
   config.comparisons = comparisons(prompts=33_000, responses=4, max_new_tokens=1_024)  # IG: K 4-9
   config.reward = reward(9e-6, final_fraction=0.1)  # IG C.2
@@ -78,6 +79,7 @@ def nplus() -> ConfigDict:
     batch_size=128,  # N+
     sequence_length=1_024,
     supervise="last",
+    pretraining_share=0.0,
     max_heldout=None,
     eval_every=114,
     frozen=(),

@@ -31,12 +31,13 @@ def standard() -> ConfigDict:
   config.model = model()
   config.data = data()
   config.sft = dict(
-    num_steps=2_000,
+    num_steps=1_600,
     batch_size=16,  # rows
     sequence_length=72,  # tokens; dialogues are packed
     supervise="last",  # earlier turns hold mistakes on purpose
+    pretraining_share=0.0,
     max_heldout=None,
-    eval_every=500,
+    eval_every=400,
     frozen=(),
     optim=optim(4e-3, "cosine", final_fraction=0.1, warmup_steps=50),
   )
@@ -84,7 +85,7 @@ def model() -> dict:
   return dict(
     vocab_size=288,  # the village's few hundred words, rounded up
     d_model=96,
-    n_layers=3,
+    n_layers=4,
     n_heads=3,
     n_kv_heads=3,
     head_dim=32,

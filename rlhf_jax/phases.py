@@ -4,6 +4,7 @@ What is computed is in `sft.py`, `reward.py` and `ppo.py`; here each gets its da
 and its place on the mesh, and is run to its end by `fit`, or on from where it was killed.
 """
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ def supervise(run: Run, directory: pathlib.Path) -> Params:
   step = rules.compile_step(step, state, run.mesh)
   make_rows = functools.partial(demonstration_rows, run, config.sequence_length, pack=True)
   sources = run.data.mixture(Demonstration, "train", make_rows)
+  sources += pretraining_sources(run, sources)
   unseen = run.data.records(Demonstration, "heldout")
   heldout = make_rows(draw(unseen, config.max_heldout, run.seed("sft", "heldout")))
   measure = summed(run, functools.partial(sft.evaluate, run.policy), heldout, config.batch_size)
@@ -62,6 +64,18 @@ def supervise(run: Run, directory: pathlib.Path) -> Params:
   _, checkpoints = fit(stage, lambda s, b: step(s, b, frozen), state, stream, evaluate)
   best = checkpoints.restore(abstract, checkpoints.best_step())
   return optim.merge(best.state.params, frozen)
+
+
+def pretraining_sources(run: Run, dialogues: Sequence[batches.Source]) -> list[batches.Source]:
+  """Plain text, weighted to make `pretraining_share` of the rows beside the dialogues."""
+  config = run.config.sft
+  share = config.pretraining_share
+  if not share:
+    return []
+  texts = run.data.mixture(Text, "train", functools.partial(text_rows, run, config.sequence_length))
+  total = sum(s.weight for s in dialogues) * share / (1.0 - share)
+  scale = total / sum(s.weight for s in texts)
+  return [dataclasses.replace(s, name=f"{s.name} text", weight=s.weight * scale) for s in texts]
 
 
 def fit_reward(
@@ -241,12 +255,7 @@ def experience_stream(run: Run, split: Split) -> Callable[[int], Iterator]:
   prompts = batch_stream(run, [source], config.rollout.batch_size)
   if not config.ptx_rows or split == "heldout":
     return lambda step: ((batch, None) for batch in prompts(step))
-  make_rows = functools.partial(
-    rows.text_rows,
-    tokenizer=run.tokenizer,
-    max_tokens=config.ptx.sequence_length,
-    packing_seed=run.config.seed,
-  )
+  make_rows = functools.partial(text_rows, run, config.ptx.sequence_length)
   sources = run.data.mixture(Text, "train", make_rows)
   texts = host_batches(run, sources, config.updates * config.ptx_rows)
   fold = lambda x: x.reshape(config.updates, -1, *x.shape[1:])
@@ -260,6 +269,11 @@ def draw(some: Sequence, count: int | None, seed: int) -> list:
     return list(some)
   order = np.random.default_rng(seed).permutation(len(some))
   return [some[int(i)] for i in order[:count]]
+
+
+def text_rows(run: Run, max_tokens: int, texts: Sequence[Text]) -> rows.Rows:
+  """Plain text as packed rows."""
+  return rows.text_rows(texts, run.tokenizer, max_tokens=max_tokens, packing_seed=run.config.seed)
 
 
 def demonstration_rows(

@@ -6,7 +6,7 @@ the assistant's. The checkpoint is chosen on held-out loss.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.struct
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax import masked
-from rlhf_jax.config import PositiveInt
+from rlhf_jax.config import PositiveInt, Range
 from rlhf_jax.networks import heads, likelihood
 from rlhf_jax.training import optim
 from rlhf_jax.types import Metrics, Params, TokenBatch
@@ -28,6 +28,8 @@ class SFTConfig:
   batch_size: PositiveInt  # rows of sequence_length tokens a step
   sequence_length: PositiveInt  # tokens
   supervise: Literal["all", "last"]  # assistant messages that carry loss
+  # Share of the rows that hold pretraining text (Ouyang et al. 2022, appendix C.3: 0.1).
+  pretraining_share: Annotated[float, Range(low=0.0, high=1.0, closed="low")]
   max_heldout: PositiveInt | None  # dialogues to measure on; None: all
   eval_every: PositiveInt  # steps between held-out losses, each with a checkpoint
   frozen: tuple[str, ...]  # regexes over parameter paths that stay as they are
