@@ -43,7 +43,7 @@ def standard() -> ConfigDict:
   )
 
   config.comparisons = dict(
-    prompts=3_000,
+    prompts=4_000,
     responses=4,  # K; InstructGPT: 4 to 9
     include_original=False,
     include_recorded=False,
@@ -85,7 +85,7 @@ def model() -> dict:
   return dict(
     vocab_size=288,  # the village's few hundred words, rounded up
     d_model=96,
-    n_layers=4,
+    n_layers=3,
     n_heads=3,
     n_kv_heads=3,
     head_dim=32,
@@ -137,7 +137,7 @@ def ppo() -> dict:
     ),
     eval_every=10,
     frozen=(),
-    policy_optim=optim(3e-4, "linear", final_fraction=0.0, warmup_steps=0),
+    policy_optim=optim(4e-4, "linear", final_fraction=0.0, warmup_steps=0),
     value_optim=optim(1e-3, "linear", final_fraction=0.0, warmup_steps=0),
   )
 
