@@ -82,6 +82,9 @@ class ExperimentConfig:
     optim.schedule(self.sft.optim, self.sft.num_steps)
     for config in (self.ppo.policy_optim, self.ppo.value_optim):
       optim.schedule(config, self.ppo.num_steps * self.ppo.updates)
+    prompts = min(self.comparisons.prompts, self.reward.max_train or self.comparisons.prompts)
+    epoch = max(prompts // self.reward.batch_size, 1)  # of the first round, where all fit
+    optim.schedule(self.reward.optim, self.reward.num_epochs * epoch)
     for name, source in (("ppo.rollout", self.ppo.rollout), ("comparisons", self.comparisons)):
       room = source.prompt_length + source.sampling.max_new_tokens
       if self.reward.sequence_length < room:

@@ -37,6 +37,12 @@ def test_an_unknown_variant_is_named_with_those_that_exist(name):
     config_lib.load(f"configs/{name}.py:nothing_like_it", {})
 
 
+def test_a_warm_up_longer_than_the_first_reward_model_is_found_before_anything_runs():
+  config = config_lib.load("configs/hh.py:small", {"comparisons.prompts": "32"})
+  with pytest.raises(UserError, match="warmup_steps 5 leaves none of the run's 2"):
+    config_lib.build(ExperimentConfig, config)
+
+
 @pytest.mark.conformance("A51", "A52", "A56", "A58")
 def test_instructgpt_has_its_papers_numbers():
   ppo = build("configs/paper.py:instructgpt").ppo
