@@ -56,7 +56,7 @@ def smollm2() -> ConfigDict:
   lower_18 = (r"trunk/embed/", r"trunk/block_(\d|1[0-7])/")
   config.sft.update(frozen=lower_24, num_steps=60, batch_size=8, sequence_length=160, eval_every=20)
   config.sft.optim.update(learning_rate=1e-4)
-  config.reward.update(frozen=lower_24, batch_size=8, sequence_length=144, eval_every=10)
+  config.reward.update(frozen=lower_24, batch_size=4, sequence_length=224, eval_every=10)
   config.reward.optim.update(learning_rate=2e-4)
   config.gold_model = config.reward.copy_and_resolve_references()
   config.gold_model.update(
@@ -65,7 +65,7 @@ def smollm2() -> ConfigDict:
     max_train=600,
     max_heldout=100,
     max_responses=2,
-    sequence_length=192,
+    sequence_length=256,
   )
   config.ppo.update(frozen=lower_24, num_steps=20)
   return config
@@ -91,7 +91,7 @@ def small() -> ConfigDict:
   )
   config.sft.update(num_steps=400, batch_size=16, sequence_length=192, eval_every=100)
   config.sft.optim.update(learning_rate=2e-3, warmup_steps=40)
-  config.reward.update(batch_size=16, sequence_length=160, eval_every=20)
+  config.reward.update(batch_size=8, sequence_length=224, eval_every=20)
   config.reward.optim.update(learning_rate=5e-4)
   config.gold_model = config.reward.copy_and_resolve_references()
   config.gold_model.update(max_responses=2, sequence_length=256, max_train=2_000)
@@ -149,7 +149,8 @@ def common() -> ConfigDict:
     num_epochs=1,  # InstructGPT, appendix C.2: more overfits
     max_train=None,
     max_heldout=64,
-    batch_size=1,  # prompts
+    batch_size=1,  # rows
+    max_prompts=2,
     max_responses=4,
     sequence_length=1,
     eval_every=1,

@@ -44,7 +44,8 @@ def instructgpt() -> ConfigDict:
     optim=adam(5e-6, "cosine", final_fraction=0.1),
   )
   config.comparisons = comparisons(prompts=33_000, responses=4, max_new_tokens=1_024)  # IG: K 4-9
-  config.reward = reward(9e-6, final_fraction=0.1)  # IG C.2
+  # IG C.2; rows of a prompt and four answers.
+  config.reward = reward(9e-6, final_fraction=0.1, sequence_length=5_120)
   config.ppo = dict(
     num_steps=500,  # IG C.4: 256k episodes at batch 512
     epochs=1,  # IG C.4
@@ -88,7 +89,7 @@ def nplus() -> ConfigDict:
   config.comparisons = comparisons(
     prompts=46_400, responses=2, max_new_tokens=53
   )  # N+: 92.8k pairs
-  config.reward = reward(3e-6, final_fraction=0.0, beta2=0.999)  # N+
+  config.reward = reward(3e-6, final_fraction=0.0, sequence_length=1_152, beta2=0.999)  # N+
   config.ppo = dict(
     num_steps=1_953,  # N+: 1M episodes at batch 512
     epochs=4,  # N+
@@ -152,7 +153,7 @@ def common() -> ConfigDict:
     prompts_from=("comparison",),
   )
   config.gold = "reward_model"
-  config.gold_model = reward(9e-6, final_fraction=0.1)
+  config.gold_model = reward(9e-6, final_fraction=0.1, sequence_length=2_048)
   config.labelers = dict(
     seed=0,
     labelers=1,
@@ -180,15 +181,18 @@ def comparisons(prompts: int, responses: int, max_new_tokens: int) -> dict:
   )
 
 
-def reward(learning_rate: float, final_fraction: float, beta2: float = 0.95) -> dict:
+def reward(
+  learning_rate: float, final_fraction: float, sequence_length: int, beta2: float = 0.95
+) -> dict:
   """One epoch at batch 64, cosine decay, in both papers."""
   return dict(
     num_epochs=1,
     max_train=None,
     max_heldout=None,
-    batch_size=64,  # prompts
+    batch_size=64,  # prompts, one to a row
+    max_prompts=1,
     max_responses=4,
-    sequence_length=2_048,
+    sequence_length=sequence_length,
     eval_every=200,
     frozen=(),
     optim=adam(learning_rate, "cosine", final_fraction, beta2=beta2),

@@ -68,9 +68,10 @@ def standard() -> ConfigDict:
     num_epochs=2,  # two pass over answers of a closed world; real text overfits after one
     max_train=None,
     max_heldout=None,
-    batch_size=8,  # prompts
+    batch_size=8,  # rows of about 2.5 prompts each
+    max_prompts=4,
     max_responses=4,
-    sequence_length=70,
+    sequence_length=140,  # a prompt and four answers
     eval_every=250,
     frozen=(),
     optim=optim(1e-3, "cosine", final_fraction=0.1, warmup_steps=10),

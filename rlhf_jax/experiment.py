@@ -83,21 +83,21 @@ class ExperimentConfig:
     for config in (self.ppo.policy_optim, self.ppo.value_optim):
       optim.schedule(config, self.ppo.num_steps * self.ppo.updates)
     prompts = min(self.comparisons.prompts, self.reward.max_train or self.comparisons.prompts)
-    epoch = max(prompts // self.reward.batch_size, 1)  # of the first round, where all fit
-    optim.schedule(self.reward.optim, self.reward.num_epochs * epoch)
-    for name, source in (("ppo.rollout", self.ppo.rollout), ("comparisons", self.comparisons)):
-      room = source.prompt_length + source.sampling.max_new_tokens
-      if self.reward.sequence_length < room:
-        raise UserError(
-          f"config reward.sequence_length {self.reward.sequence_length} is shorter than prompt and "
-          f"response of {name}, {source.prompt_length} + {source.sampling.max_new_tokens} tokens; "
-          f"use at least {room}."
-        )
-    answers = self.comparisons.responses + self.comparisons.include_original
+    fewest = prompts // (self.reward.batch_size * self.reward.max_prompts)  # if all rows were full
+    optim.schedule(self.reward.optim, self.reward.num_epochs * max(fewest, 1))
+    source = self.comparisons
+    answers = source.responses + source.include_original
     if self.reward.max_responses < answers:
       raise UserError(
         f"config reward.max_responses {self.reward.max_responses} is fewer than the {answers} "
         f"answers that are ranked to a prompt; use {answers}."
+      )
+    room = source.prompt_length + source.responses * source.sampling.max_new_tokens
+    if self.reward.sequence_length < room:
+      raise UserError(
+        f"config reward.sequence_length {self.reward.sequence_length} is shorter than a prompt and "
+        f"its answers of comparisons, {source.prompt_length} + {source.responses} * "
+        f"{source.sampling.max_new_tokens} tokens; use at least {room}."
       )
 
 

@@ -92,8 +92,10 @@ def fit_reward(
     template=run.template,
     tokenizer=run.tokenizer,
     max_tokens=config.sequence_length,
+    max_prompts=config.max_prompts,
     max_responses=config.max_responses,
     on_too_long=run.config.text.on_too_long,
+    packing_seed=run.config.seed,
   )
   train = draw(train, config.max_train, run.seed("reward", "train"))
   heldout = draw(heldout, config.max_heldout, run.seed("reward", "heldout"))
@@ -120,7 +122,7 @@ def fit_reward(
     num_steps=num_steps,
     eval_every=config.eval_every,
     unit="prompts",
-    per_step=config.batch_size,
+    per_step=config.batch_size * len(train) / max(len(source.rows), 1),
     shown=("reward/loss", "reward/accuracy"),
   )
   stream = batch_stream(run, [source], config.batch_size)

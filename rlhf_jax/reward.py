@@ -4,12 +4,14 @@ Ouyang et al. 2022, section 3.5, eq. 1:
 
   loss = -1/C(K,2) E[ log sigmoid(r(x, y_w) - r(x, y_l)) ]
 
-All pairs of a prompt come from one forward pass per answer and form one batch element; shuffling
-pairs separately would show each answer K - 1 times an epoch and overfit. Ties make no pair, and the
-mean is over the pairs that exist, so a prompt with K = 9 weighs as much as one with K = 4.
+All pairs of a prompt come from one forward pass over each answer and form one batch element;
+shuffling pairs separately would show each answer K - 1 times an epoch and overfit. Ties make no
+pair, and the mean is over the pairs that exist, so a prompt with K = 9 weighs as much as one with
+K = 4. The answers of a prompt stand behind it in one row and share its pass (`RankingBatch`).
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import chex
 import flax.struct
@@ -33,9 +35,10 @@ class RewardConfig:
   num_epochs: PositiveInt  # more than one overfits (Ouyang et al. 2022, appendix C.2)
   max_train: PositiveInt | None  # comparisons to train on, drawn at random; None: all
   max_heldout: PositiveInt | None  # comparisons to measure on; None: all
-  batch_size: PositiveInt  # prompts a step
+  batch_size: PositiveInt  # rows a step
+  max_prompts: PositiveInt  # M, prompts a row; 1 makes batch_size a number of prompts
   max_responses: PositiveInt  # K, slots a prompt
-  sequence_length: PositiveInt  # tokens of prompt and answer
+  sequence_length: PositiveInt  # tokens a row; prompts are packed with all their answers
   eval_every: PositiveInt  # steps between held-out figures and checkpoints
   frozen: tuple[str, ...]  # regexes over parameter paths that stay as they are
   optim: optim.OptimConfig
@@ -56,12 +59,16 @@ def init(params: Params, optimizer: optax.GradientTransformation) -> RewardState
 
 
 def score_answers(network: heads.ScalarNetwork, params: Params, batch: RankingBatch) -> jax.Array:
-  """Scores [B, K], each read at the last token of its answer; one forward pass per answer."""
-  B, K, T = batch.tokens.shape
-  scores = score_sequences(
-    network, params, batch.tokens.reshape(B * K, T), batch.mask.reshape(B * K, T)
+  """Scores [B, M, K], each read at the last token of its answer; one forward pass over each."""
+  values = network.apply(
+    {"params": params},
+    batch.tokens,
+    batch.positions,
+    batch.segments,
+    branches=batch.branches,
   )
-  return scores.reshape(B, K)
+  at_ends = jnp.take_along_axis(values, batch.ends.reshape(len(values), -1), axis=1)
+  return at_ends.reshape(batch.ends.shape)
 
 
 def score_sequences(
@@ -97,11 +104,20 @@ def ranking_loss(scores: jax.Array, ranks: jax.Array, valid: jax.Array) -> jax.A
 def loss(
   network: heads.ScalarNetwork, params: Params, batch: RankingBatch
 ) -> tuple[jax.Array, jax.Array]:
-  """Eq. 1, averaged over the prompts that have a pair. Returns the loss and scores [B, K]."""
+  """Eq. 1, averaged over the prompts that have a pair. Returns the loss and scores [B, M, K]."""
   scores = score_answers(network, params, batch)
-  losses = jax.vmap(ranking_loss)(scores, batch.ranks, batch.valid)
-  has_pair = jnp.any(jax.vmap(pairs)(batch.ranks, batch.valid) > 0, axis=(1, 2))
-  return masked.mean(losses, has_pair), scores
+  losses = each_prompt(ranking_loss)(scores, batch.ranks, batch.valid)
+  return masked.mean(losses, has_pair(batch)), scores
+
+
+def each_prompt(function: Callable) -> Callable:
+  """A function of one prompt's [K], for all the prompts [B, M, K] of a batch."""
+  return jax.vmap(jax.vmap(function))
+
+
+def has_pair(batch: RankingBatch) -> jax.Array:
+  """The prompts [B, M] that teach something: those with a pair that is no tie."""
+  return jnp.any(each_prompt(pairs)(batch.ranks, batch.valid) > 0, axis=(2, 3))
 
 
 def step(
@@ -121,6 +137,7 @@ def step(
   metrics = {
     "reward/loss": value,
     "reward/accuracy": counts["correct"] / jnp.maximum(counts["pairs"], 1.0),
+    "reward/prompts": jnp.sum(has_pair(batch)),
     "reward/score_mean": masked.mean(scores, batch.valid),
     "reward/score_std": jnp.sqrt(masked.variance(scores, batch.valid)),
     "reward/grad_norm": optax.tree.norm(grads),
@@ -133,8 +150,8 @@ def count_pairs(scores: jax.Array, batch: RankingBatch) -> Metrics:
 
   A pair is right only if the better answer scores strictly higher: a constant model gets 0.
   """
-  mask = jax.vmap(pairs)(batch.ranks, batch.valid)
-  above = lambda x: (x[:, :, None] > x[:, None, :]).astype(jnp.float32)
+  mask = each_prompt(pairs)(batch.ranks, batch.valid)
+  above = lambda x: (x[..., :, None] > x[..., None, :]).astype(jnp.float32)
   return {
     "pairs": jnp.sum(mask),
     "correct": masked.total(above(scores), mask),
@@ -149,13 +166,13 @@ def evaluate(network: heads.ScalarNetwork, params: Params, batch: RankingBatch) 
   answer is the better one, between 0.5 and 1 (Bai et al. 2022, figure 9).
   """
   value, scores = loss(network, params, batch)
-  mask = jax.vmap(pairs)(batch.ranks, batch.valid)
-  gaps = scores[:, :, None] - scores[:, None, :]
+  mask = each_prompt(pairs)(batch.ranks, batch.valid)
+  gaps = scores[..., :, None] - scores[..., None, :]
   predicted = jax.nn.sigmoid(jnp.abs(gaps))
   bins = jnp.clip(jnp.floor((predicted - 0.5) * 2 * CALIBRATION_BINS), 0, CALIBRATION_BINS - 1)
   in_bin = jax.nn.one_hot(bins.astype(jnp.int32), CALIBRATION_BINS) * mask[..., None]
-  over_pairs = lambda x: jnp.sum(in_bin * x[..., None], axis=(0, 1, 2))
-  prompts = jnp.sum(jnp.any(mask > 0, axis=(1, 2)))
+  over_pairs = lambda x: jnp.sum(in_bin * x[..., None], axis=(0, 1, 2, 3))
+  prompts = jnp.sum(has_pair(batch))
   return count_pairs(scores, batch) | {
     "prompts": prompts,
     "loss": value * prompts,

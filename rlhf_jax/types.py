@@ -8,7 +8,9 @@ Letters, used in every docstring, einsum and assert of the package:
 
 One convention serves right padding, left padding and packing: every token has a *segment* (0 for
 padding, 1.. for the documents of a row) and a *position* inside its document. A token attends to
-the earlier tokens of its own segment and to nothing else.
+the earlier tokens of its own segment and to nothing else. Where a document goes on in several ways,
+as a prompt with its ranked answers, a *branch* (0 for the prompt, 1.. for the answers) keeps these
+from seeing each other.
 """
 
 from typing import Any
@@ -47,13 +49,20 @@ class PromptBatch:
 
 @flax.struct.dataclass
 class RankingBatch:
-  """All ranked answers to B prompts; a prompt and its K answers are one batch element."""
+  """Rows of up to M prompts, each followed by its K ranked answers, which share its tokens.
 
-  tokens: jax.Array  # [B, K, T] int32 ids of prompt and answer, right-padded
-  mask: jax.Array  # [B, K, T] float32, 1 on real tokens
-  ranks: jax.Array  # [B, K] int32, 0 is best; equal ranks are ties
-  valid: jax.Array  # [B, K] float32, 0 on slots that hold no answer
-  lengths: jax.Array  # [B, K] int32, tokens in the answer alone (for the longer-answer baseline)
+  A prompt and its answers are one segment, each answer a branch of it whose positions go on from
+  the prompt's; so an answer's tokens see the prompt and what the answer says before them.
+  """
+
+  tokens: jax.Array  # [B, T] int32 ids
+  segments: jax.Array  # [B, T] int32, 0 on padding, 1.. the prompt inside the row
+  branches: jax.Array  # [B, T] int32, 0 on prompts and padding, 1.. the answer
+  positions: jax.Array  # [B, T] int32, place in the dialogue of prompt and answer
+  ends: jax.Array  # [B, M, K] int32, column of each answer's last token
+  ranks: jax.Array  # [B, M, K] int32, 0 is best; equal ranks are ties
+  valid: jax.Array  # [B, M, K] float32, 0 on slots that hold no answer
+  lengths: jax.Array  # [B, M, K] int32, tokens in the answer (for the longer-answer baseline)
 
 
 @flax.struct.dataclass

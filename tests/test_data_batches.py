@@ -193,32 +193,49 @@ def ranking_rows(records, tokenizer, max_tokens=12, max_responses=3, on_too_long
     VILLAGE,
     tokenizer,
     max_tokens=max_tokens,
+    max_prompts=2,
     max_responses=max_responses,
     on_too_long=on_too_long,
+    packing_seed=0,
   )
 
 
 def test_a_ranking_row_by_hand(tokenizer):
   a, b = tokenizer.encode("a") + tokenizer.encode("b")
-  (row,) = ranking_rows([comparison(ask("a"), "bb", "", ranks=(1, 0))], tokenizer, max_tokens=8)
+  (row,) = ranking_rows([comparison(ask("a"), "bb", "", ranks=(1, 0))], tokenizer, max_tokens=10)
   header = [USER, a, END, ASSISTANT]
-  np.testing.assert_array_equal(
-    row.tokens, [[*header, b, b, END, PAD], [*header, END, PAD, PAD, PAD], [PAD] * 8]
-  )
-  np.testing.assert_array_equal(row.mask, row.tokens != PAD)
-  np.testing.assert_array_equal(row.ranks, [1, 0, 0])
-  np.testing.assert_array_equal(row.valid, [1, 1, 0])
-  np.testing.assert_array_equal(row.lengths, [3, 1, 0])
+  np.testing.assert_array_equal(row.tokens, [*header, b, b, END, END, PAD, PAD])
+  np.testing.assert_array_equal(row.segments, [1] * 8 + [0] * 2)
+  np.testing.assert_array_equal(row.branches, [0, 0, 0, 0, 1, 1, 1, 2, 0, 0])
+  np.testing.assert_array_equal(row.positions, [0, 1, 2, 3, 4, 5, 6, 4, 0, 0])
+  np.testing.assert_array_equal(row.ends, [[6, 7, 0], [0, 0, 0]])
+  np.testing.assert_array_equal(row.ranks, [[1, 0, 0], [0, 0, 0]])
+  np.testing.assert_array_equal(row.valid, [[1, 1, 0], [0, 0, 0]])
+  np.testing.assert_array_equal(row.lengths, [[3, 1, 0], [0, 0, 0]])
+
+
+@pytest.mark.conformance("A12")
+def test_comparisons_are_packed_whole_each_once_and_not_too_many_to_a_row(tokenizer):
+  records = [comparison(ask("ab"[i % 2]), "b" * (i % 5), "bb") for i in range(30)]
+  packed = ranking_rows(records, tokenizer, max_tokens=40)
+  assert len(packed) == 15  # three would fit, two are allowed
+  found = collections.Counter()
+  for row in packed:
+    assert row.valid.sum(-1).tolist() == [2, 2]
+    for m in range(2):
+      ids = row.tokens[row.segments == m + 1]
+      found[(tokenizer.decode(ids[1:2]), row.lengths[m, 0])] += 1
+      assert row.tokens[row.ends[m, :2]].tolist() == [END, END]
+  assert found == collections.Counter(("ab"[i % 2], i % 5 + 1) for i in range(30))
 
 
 @pytest.mark.conformance("A7")
 def test_all_answers_of_a_comparison_see_the_same_context_and_are_never_cut(tokenizer):
   prompt = ask("aaaa", "b", "a")
-  whole = ranking_rows([comparison(prompt, "b", "bb")], tokenizer, max_tokens=16)[0]
-  assert whole.mask.sum(-1).tolist() == [15, 16, 0]
-  cut = ranking_rows([comparison(prompt, "b", "bb")], tokenizer, max_tokens=15)[0]
-  assert cut.mask.sum(-1).tolist() == [6, 7, 0]  # the short answer would have fitted whole
-  np.testing.assert_array_equal(cut.lengths, [2, 3, 0])
+  whole = ranking_rows([comparison(prompt, "b", "bb")], tokenizer, max_tokens=18)[0]
+  assert ((whole.segments > 0).sum(), whole.lengths[0].tolist()) == (13 + 5, [2, 3, 0])
+  cut = ranking_rows([comparison(prompt, "b", "bb")], tokenizer, max_tokens=17)[0]
+  assert ((cut.segments > 0).sum(), cut.lengths[0].tolist()) == (4 + 5, [2, 3, 0])
   skipped = ranking_rows([comparison(prompt, "b", "b" * 15)], tokenizer, on_too_long="skip")
   assert (len(skipped), skipped.skipped) == (0, 1)
 
@@ -230,7 +247,7 @@ def test_more_answers_than_slots_are_an_error(tokenizer):
 
 def test_empty_rows_hold_nothing(tokenizer):
   ranking = ranking_rows([comparison(ask("a"), "b", "bb")], tokenizer)
-  assert not ranking.empty.valid.any() and not ranking.empty.mask.any()
+  assert not ranking.empty.valid.any() and not ranking.empty.segments.any()
   dialogues = demonstration_rows([demonstration("a", "b")], tokenizer)
   assert not dialogues.empty.loss_mask.any() and not dialogues.empty.segments.any()
   same = lambda x, y: x.shape == y.shape and x.dtype == y.dtype

@@ -10,27 +10,29 @@ import pytest
 import tiny
 
 from rlhf_jax import reward
+from rlhf_jax.data import batches, packing
 from rlhf_jax.networks import heads
 from rlhf_jax.training import optim
-from rlhf_jax.types import RankingBatch
 
 T = 9
 TABLE = jnp.arange(tiny.MODEL.vocab_size, dtype=jnp.float32) / 4.0
 # A "network" whose value is a table over tokens: the score of an answer is that of its last token.
-LOOKUP = SimpleNamespace(apply=lambda variables, tokens, *_: variables["params"][tokens])
+LOOKUP = SimpleNamespace(apply=lambda variables, tokens, *_, branches: variables["params"][tokens])
 
 
 def ranking_batch(prompts, ranks, rows=7, width=9):
-  """Prompts, each a list of answers (lists of ids), in `rows` rows of `width` slots."""
-  B, K = rows, width
-  tokens, mask = np.zeros((B, K, T), np.int32), np.zeros((B, K, T), np.float32)
-  valid, lengths = np.zeros((B, K), np.float32), np.zeros((B, K), np.int32)
-  ordered = np.zeros((B, K), np.int32)
-  for b, answers in enumerate(prompts):
-    for k, answer in enumerate(answers):
-      tokens[b, k, : len(answer)], mask[b, k, : len(answer)] = answer, 1.0
-      valid[b, k], lengths[b, k], ordered[b, k] = 1.0, len(answer), ranks[b][k]
-  return RankingBatch(*map(jnp.asarray, (tokens, mask, ordered, valid, lengths)))
+  """Prompts, each a list of answers (lists of ids), one to a row; `width` slots for answers."""
+  groups = [
+    packing.Group(np.zeros(0, np.int32), tuple(np.array(a, np.int32) for a in answers), tuple(r))
+    for answers, r in zip(prompts, ranks)
+  ]
+  contents = [[group] for group in groups] + [[]] * (rows - len(groups))
+  return packed(contents, max_tokens=width * T, max_prompts=1, max_responses=width)
+
+
+def packed(contents, **sizes):
+  """The groups of each row as a batch."""
+  return batches.stack([packing.ranking_row(row, pad_id=tiny.PAD, **sizes) for row in contents])
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +82,48 @@ def test_a_prompt_with_nine_answers_weighs_as_much_as_one_with_four():
 def test_each_answer_goes_forward_once_and_all_in_one_call():
   shapes = []
 
-  def apply(variables, tokens, *_):
+  def apply(variables, tokens, *_, branches):
     shapes.append(tokens.shape)
     return variables["params"][tokens]
 
   batch = ranking_batch([[[2], [3], [4], [5]]] * 3, [range(4)] * 3, rows=3, width=4)
   scores = jax.jit(lambda b: reward.loss(SimpleNamespace(apply=apply), TABLE, b)[1])(batch)
-  assert shapes == [(3 * 4, T)]
-  np.testing.assert_allclose(scores, [[0.5, 0.75, 1.0, 1.25]] * 3)
+  assert shapes == [(3, 4 * T)]
+  np.testing.assert_allclose(scores, [[[0.5, 0.75, 1.0, 1.25]]] * 3)
+  assert (batch.tokens != tiny.PAD).sum() == 3 * 4  # not one more token than there are
+
+
+def random_groups(count, seed):
+  """Prompts of 1 to 6 tokens with 2 to 4 answers of 1 to 5 tokens."""
+  rng = np.random.default_rng(seed)
+  ids = lambda most: rng.integers(2, tiny.MODEL.vocab_size, rng.integers(1, most + 1))
+  groups = []
+  for _ in range(count):
+    K = int(rng.integers(2, 5))
+    answers = tuple(ids(5).astype(np.int32) for _ in range(K))
+    groups.append(packing.Group(ids(6).astype(np.int32), answers, tuple(rng.permutation(K))))
+  return groups
+
+
+@pytest.mark.conformance("A12", "B18")
+def test_answers_packed_behind_one_prompt_have_the_scores_and_gradients_of_dialogues_apart(params):
+  groups = random_groups(6, seed=0)
+  rows = [groups[:3], groups[3:4], [], groups[4:]]
+  batch = packed(rows, max_tokens=80, max_prompts=3, max_responses=4)
+  whole = [np.concatenate([g.prompt, a]).tolist() for g in groups for a in g.answers]
+  tokens, mask = tiny.right_padded(whole, 12)
+  valid = np.asarray(batch.valid) > 0
+
+  def scores_packed(params):
+    return reward.score_answers(tiny.SCALAR, params, batch)[valid]
+
+  def scores_apart(params):
+    return reward.score_sequences(tiny.SCALAR, params, tokens, mask)
+
+  pull = np.random.default_rng(1).normal(size=len(whole))
+  np.testing.assert_allclose(scores_packed(params), scores_apart(params), rtol=1e-4, atol=1e-5)
+  slope = lambda scores: jax.grad(lambda p: jnp.vdot(scores(p), pull))(params)
+  tiny.assert_trees_close(slope(scores_packed), slope(scores_apart), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.conformance("A13")
@@ -169,7 +205,7 @@ def test_an_eos_inside_the_prompt_or_used_as_padding_does_not_move_the_index(par
 @pytest.mark.conformance("A19")
 def test_a_constant_model_has_accuracy_0():
   batch = ranking_batch([[[2], [3], [4]]] * 2, [[0, 1, 2]] * 2, rows=2, width=3)
-  counts = reward.count_pairs(jnp.zeros((2, 3)), batch)
+  counts = reward.count_pairs(jnp.zeros((2, 1, 3)), batch)
   assert (counts["pairs"], counts["correct"]) == (6.0, 0.0)
 
 
@@ -177,7 +213,7 @@ def test_a_constant_model_has_accuracy_0():
 def test_accuracy_and_the_longer_answer_baseline_count_strictly_better_pairs():
   # Of the three pairs, scores get (0, 1) and (0, 2) right and tie on (1, 2); lengths get one.
   batch = ranking_batch([[[2, 2], [2], [2, 2, 2]]], [[0, 1, 2]], rows=1, width=3)
-  sums = reward.count_pairs(jnp.array([[1.0, 0.0, 0.0]]), batch)
+  sums = reward.count_pairs(jnp.array([[[1.0, 0.0, 0.0]]]), batch)
   assert (sums["pairs"], sums["correct"], sums["longer_correct"]) == (3.0, 2.0, 1.0)
 
 

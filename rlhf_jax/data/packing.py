@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from rlhf_jax.types import TokenBatch, UserError
+from rlhf_jax.types import RankingBatch, TokenBatch, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,22 @@ class Document:
     return len(self.ids)
 
 
-def pack(lengths: collections.abc.Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-  """Assigns documents to rows: best fit, over the documents in a shuffled order.
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Ids of a prompt and of the ranked answers to it."""
+
+  prompt: np.ndarray  # [P] int32
+  answers: tuple[np.ndarray, ...]  # [R] int32 each
+  ranks: tuple[int, ...]  # 0 is best
+
+  def __len__(self) -> int:
+    return len(self.prompt) + sum(map(len, self.answers))
+
+
+def pack(
+  lengths: collections.abc.Sequence[int], capacity: int, seed: int, most: int | None = None
+) -> list[list[int]]:
+  """Assigns documents to rows, `most` to a row: best fit, over the documents in a shuffled order.
 
   Each document goes to the row with the least room that still holds it (of several, the one that
   has waited longest), or opens a new row. Shuffling before makes rows, and so batches, a fair
@@ -49,7 +63,8 @@ def pack(lengths: collections.abc.Sequence[int], capacity: int, seed: int) -> li
     else:
       row = rows_by_room[room].popleft()
     rows[row].append(i)
-    rows_by_room[room - lengths[i]].append(row)
+    if len(rows[row]) != most:
+      rows_by_room[room - lengths[i]].append(row)
   return rows
 
 
@@ -67,3 +82,30 @@ def token_row(
     segments[place], positions[place] = segment, np.arange(len(document))
     start += len(document)
   return TokenBatch(tokens=tokens, segments=segments, positions=positions, loss_mask=loss_mask)
+
+
+def ranking_row(
+  groups: collections.abc.Sequence[Group],
+  *,
+  max_tokens: int,
+  max_prompts: int,
+  max_responses: int,
+  pad_id: int,
+) -> RankingBatch:
+  """One row of a `RankingBatch` (its fields without B) that holds the groups from the left."""
+  tokens = np.full(max_tokens, pad_id, np.int32)
+  segments, branches, positions = np.zeros((3, max_tokens), np.int32)
+  ends, ranks, lengths = np.zeros((3, max_prompts, max_responses), np.int32)
+  valid = np.zeros((max_prompts, max_responses), np.float32)
+  start = 0
+  for m, group in enumerate(groups):
+    before = 0  # the prompt starts the dialogue; every answer goes on from it
+    for branch, ids in enumerate((group.prompt, *group.answers)):
+      place = slice(start, start + len(ids))
+      tokens[place], segments[place], branches[place] = ids, m + 1, branch
+      positions[place] = np.arange(before, before + len(ids))
+      start, before = start + len(ids), len(group.prompt)
+      if branch:
+        ends[m, branch - 1], lengths[m, branch - 1] = start - 1, len(ids)
+    ranks[m, : len(group.ranks)], valid[m, : len(group.ranks)] = group.ranks, 1.0
+  return RankingBatch(tokens, segments, branches, positions, ends, ranks, valid, lengths)

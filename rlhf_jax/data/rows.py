@@ -17,7 +17,7 @@ from rlhf_jax.text import dialogue
 from rlhf_jax.text.dialogue import ChatTemplate, OnTooLong
 from rlhf_jax.text.messages import Conversation
 from rlhf_jax.text.tokenizer import Tokenizer
-from rlhf_jax.types import PromptBatch, RankingBatch, UserError
+from rlhf_jax.types import PromptBatch, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +102,9 @@ def prompt_rows(
   on_too_long: OnTooLong,
 ) -> Rows:
   """Rows of a `PromptBatch`, `max_tokens` = P wide."""
-  fit = _Fit(template, tokenizer, on_too_long)
-  encode = functools.partial(dialogue.encode_prompt, template=template, tokenizer=tokenizer)
   contents, skipped = [], 0
   for record in prompts:
-    ids = fit(record, record.conversation, max_tokens, encode)
+    ids = prompt_ids(record, template, tokenizer, max_tokens=max_tokens, on_too_long=on_too_long)
     if ids is None:
       skipped += 1
     else:
@@ -121,20 +119,20 @@ def ranking_rows(
   tokenizer: Tokenizer,
   *,
   max_tokens: int,
+  max_prompts: int,
   max_responses: int,
   on_too_long: OnTooLong,
+  packing_seed: int,
 ) -> Rows:
-  """Rows of a `RankingBatch`: a prompt with all its answers, K = `max_responses` slots of T ids.
+  """Rows of a `RankingBatch`: M = `max_prompts` slots for prompts, K = `max_responses` for answers.
 
-  All answers to a prompt see the same context, cut to whole turns such that the longest answer
-  fits. Answers themselves are never cut: that would change what the labeler ranked.
+  All answers to a prompt see the same context, cut to whole turns such that it and its answers fit
+  into a row. Answers themselves are never cut: that would change what the labeler ranked.
 
   Raises:
     UserError: a comparison has more answers than there are slots, or (by choice) one does not fit.
   """
-  fit = _Fit(template, tokenizer, on_too_long)
-  encode = functools.partial(dialogue.encode_prompt, template=template, tokenizer=tokenizer)
-  contents, skipped = [], 0
+  groups, skipped = [], 0
   for record in comparisons:
     if len(record.responses) > max_responses:
       raise UserError(
@@ -142,21 +140,36 @@ def ranking_rows(
         f"but there are {max_responses} slots; raise max_responses."
       )
     responses = [dialogue.encode_response(r, template, tokenizer) for r in record.responses]
-    room = max_tokens - max(map(len, responses))
-    prompt = fit(record, record.conversation, room, encode)
+    room = max_tokens - sum(map(len, responses))
+    prompt = prompt_ids(record, template, tokenizer, max_tokens=room, on_too_long=on_too_long)
     if prompt is None:
       skipped += 1
       continue
-    contents.append(
-      tuple(
-        (np.array(prompt + response, np.int32), len(response), rank)
-        for response, rank in zip(responses, record.ranks)
-      )
-    )
+    ids = [np.array(part, np.int32) for part in (prompt, *responses)]
+    groups.append(packing.Group(ids[0], tuple(ids[1:]), record.ranks))
+  plan = packing.pack([len(group) for group in groups], max_tokens, packing_seed, max_prompts)
   build = functools.partial(
-    _ranking_row, max_tokens=max_tokens, max_responses=max_responses, pad_id=tokenizer.pad_id
+    packing.ranking_row,
+    max_tokens=max_tokens,
+    max_prompts=max_prompts,
+    max_responses=max_responses,
+    pad_id=tokenizer.pad_id,
   )
-  return Rows(contents, build, skipped)
+  return Rows([tuple(groups[i] for i in row) for row in plan], build, skipped)
+
+
+def prompt_ids(
+  record: Prompt | Comparison,
+  template: ChatTemplate,
+  tokenizer: Tokenizer,
+  *,
+  max_tokens: int,
+  on_too_long: OnTooLong,
+) -> tuple[int, ...] | None:
+  """Ids of a record's prompt, cut to whole turns; None for one that does not fit, by choice."""
+  encode = functools.partial(dialogue.encode_prompt, template=template, tokenizer=tokenizer)
+  fit = _Fit(template, tokenizer, on_too_long)
+  return fit(record, record.conversation, max_tokens, encode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,20 +216,3 @@ def _prompt_row(ids: collections.abc.Sequence[int], *, max_tokens: int, pad_id: 
   start = max_tokens - len(ids)
   tokens[start:], mask[start:] = ids, 1.0
   return PromptBatch(tokens=tokens, mask=mask)
-
-
-def _ranking_row(
-  answers: collections.abc.Sequence[tuple[np.ndarray, int, int]],
-  *,
-  max_tokens: int,
-  max_responses: int,
-  pad_id: int,
-) -> RankingBatch:
-  tokens = np.full((max_responses, max_tokens), pad_id, np.int32)
-  mask = np.zeros((max_responses, max_tokens), np.float32)
-  ranks, lengths = np.zeros((2, max_responses), np.int32)
-  valid = np.zeros(max_responses, np.float32)
-  for k, (ids, length, rank) in enumerate(answers):
-    tokens[k, : len(ids)], mask[k, : len(ids)] = ids, 1.0
-    ranks[k], lengths[k], valid[k] = rank, length, 1.0
-  return RankingBatch(tokens=tokens, mask=mask, ranks=ranks, valid=valid, lengths=lengths)

@@ -14,14 +14,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax import reward
-from rlhf_jax.data import rows, village
-from rlhf_jax.data.records import Comparison
+from rlhf_jax.data import batches, packing, rows, village
+from rlhf_jax.data.records import Prompt
 from rlhf_jax.networks import heads
 from rlhf_jax.parallel import mesh as mesh_lib
+from rlhf_jax.text import dialogue
 from rlhf_jax.text.dialogue import ChatTemplate
 from rlhf_jax.text.messages import Conversation
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import Params
+
+LENGTH_STEP = 32  # widths are multiples of it, so that a few compiled functions score all lengths
 
 Parts = dict[str, float]  # the parts of a true reward by name, "total" among them
 
@@ -59,42 +62,63 @@ def _village_parts(world: village.World, conversation: Conversation, answer: str
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-  """A reward model that scores text: K answers at a time, in one compiled function."""
+  """A reward model that scores answers to a prompt, K at a time, spread over the devices."""
 
   network: heads.ScalarNetwork
   tokenizer: Tokenizer
   template: ChatTemplate
   mesh: Mesh
-  sequence_length: int  # tokens of prompt and answer
+  sequence_length: int  # tokens of prompt and answer, at most
   max_responses: int  # K
 
   @functools.cached_property
   def _score(self) -> Callable:
-    return jax.jit(functools.partial(reward.score_sequences, self.network))
+    return jax.jit(functools.partial(reward.score_answers, self.network))
 
   def score(
     self, params: Params, conversation: Conversation, answers: Sequence[str]
   ) -> list[float]:
-    """The score of each answer; prompt and answer must fit into `sequence_length`."""
+    """The score of each answer; all are read in the same context, cut to whole turns.
+
+    Raises:
+      UserError: the last turn and the longest answer do not fit into `sequence_length`.
+    """
+    if not answers:
+      return []
+    encode = functools.partial(
+      dialogue.encode_response, template=self.template, tokenizer=self.tokenizer
+    )
+    ids = [np.array(encode(answer), np.int32) for answer in answers]
+    prompt = rows.prompt_ids(
+      Prompt(conversation, "scoring"),
+      self.template,
+      self.tokenizer,
+      max_tokens=self.sequence_length - max(map(len, ids)),
+      on_too_long="error",
+    )
+    prompt = np.array(prompt, np.int32)
+    devices = mesh_lib.batch_devices(self.mesh)
+    per_row = -(-self.max_responses // devices)
+    parts = [ids[i : i + per_row] for i in range(0, len(ids), per_row)]
     scores = []
-    slots = -(-self.max_responses // mesh_lib.batch_devices(self.mesh))
-    slots *= mesh_lib.batch_devices(self.mesh)
-    for start in range(0, len(answers), slots):
-      chunk = tuple(answers[start : start + slots])
-      filled = chunk + chunk[:1] * (max(2, len(chunk)) - len(chunk))  # a comparison needs two
-      ranks = (0,) * len(filled)
-      record = Comparison(conversation, filled, ranks, ("",) * len(filled), "", "scoring")
-      batch = rows.ranking_rows(
-        [record],
-        self.template,
-        self.tokenizer,
-        max_tokens=self.sequence_length,
-        max_responses=slots,
-        on_too_long="error",
-      )[0]
-      tokens, mask = mesh_lib.put_batch(self.mesh, (batch.tokens, batch.mask))
-      scores += np.asarray(self._score(params, tokens, mask))[: len(chunk)].tolist()
+    for start in range(0, len(parts), devices):
+      scores += self._score_rows(params, prompt, parts[start : start + devices], devices, per_row)
     return scores
+
+  def _score_rows(self, params, prompt, parts, count: int, per_row: int) -> list[float]:
+    """One call: a row for each part of the answers, each behind its own copy of the prompt."""
+    groups = [[packing.Group(prompt, tuple(part), (0,) * len(part))] for part in parts]
+    longest = max(len(group[0]) for group in groups)
+    build = functools.partial(
+      packing.ranking_row,
+      max_tokens=-(-longest // LENGTH_STEP) * LENGTH_STEP,
+      max_prompts=1,
+      max_responses=per_row,
+      pad_id=self.tokenizer.pad_id,
+    )
+    batch = batches.stack([build(group) for group in groups + [[]] * (count - len(groups))])
+    scores = np.asarray(self._score(params, mesh_lib.put_batch(self.mesh, batch)))
+    return scores[batch.valid > 0].tolist()
 
 
 def of_reward_model(name: str, scorer: Scorer, params: Params) -> Gold:

@@ -64,9 +64,9 @@ class ScalarNetwork(nn.Module):
     std = (self.config.d_model + 1) ** -0.5
     self.score = nn.Dense(1, dtype=jnp.float32, kernel_init=nn.initializers.normal(std))
 
-  def __call__(self, inputs, positions, segments, first_block=0) -> jax.Array:
+  def __call__(self, inputs, positions, segments, first_block=0, branches=None) -> jax.Array:
     """One float32 per token, [B, T]: what is known after reading the token."""
-    hidden, _ = self.trunk(inputs, positions, segments, None, first_block)
+    hidden, _ = self.trunk(inputs, positions, segments, None, first_block, branches)
     return self.score(hidden)[..., 0]
 
 

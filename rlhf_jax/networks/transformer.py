@@ -86,13 +86,21 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return turned.astype(x.dtype)
 
 
-def attention_mask(segments: jax.Array, cache: KVCache | None) -> jax.Array:
-  """Who sees whom, [B, T, S]: earlier columns, or its own, of the same segment; never padding."""
+def attention_mask(
+  segments: jax.Array, cache: KVCache | None, branches: jax.Array | None = None
+) -> jax.Array:
+  """Who sees whom, [B, T, S]: earlier columns, or its own, of the same segment; never padding.
+
+  With `branches` [B, T], of the segment only branch 0 and its own.
+  """
   length = segments.shape[1]
   start = 0 if cache is None else cache.index
   keys = segments if cache is None else cache.segments
   causal = jnp.arange(keys.shape[1])[None, :] <= start + jnp.arange(length)[:, None]
   same = segments[:, :, None] == keys[:, None, :]
+  if branches is not None:
+    of_key = branches[:, None, :]
+    same &= (of_key == 0) | (of_key == branches[:, :, None])
   return causal[None, :, :] & same & (keys > 0)[:, None, :]
 
 
@@ -210,7 +218,15 @@ class Transformer(nn.Module):
       self.blocks = [Block(c, name=f"block_{i}") for i in range(c.n_layers)]
     self.final_norm = RMSNorm(c.norm_eps)
 
-  def __call__(self, inputs, positions, segments, cache: KVCache | None = None, first_block=0):
+  def __call__(
+    self,
+    inputs,
+    positions,
+    segments,
+    cache: KVCache | None = None,
+    first_block=0,
+    branches=None,
+  ):
     """Runs T tokens of B rows, after those in `cache` if one is given.
 
     Args:
@@ -219,6 +235,8 @@ class Transformer(nn.Module):
       segments: [B, T] int32, 0 on padding.
       cache: the tokens before these; needs room for T more.
       first_block: blocks before this one have been run already.
+      branches: [B, T] int32, parts of a segment that do not see each other (`types.py`); None: one.
+        Not with a cache.
 
     Returns:
       Hidden states [B, T, D] in the compute dtype, and the cache with these tokens in it (None
@@ -227,7 +245,7 @@ class Transformer(nn.Module):
     if cache is not None:
       written = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.index, axis=1)
       cache = cache.replace(segments=written)
-    mask = attention_mask(segments, cache)
+    mask = attention_mask(segments, cache, branches)
     angles = rotary(positions, self.config.head_dim, self.config.rope_base)
     x = inputs if first_block else self.embed(inputs)
     x, keys_values = self._layers(x, cache, mask, angles, first_block, self.config.n_layers)

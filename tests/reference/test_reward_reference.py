@@ -15,8 +15,8 @@ with warnings.catch_warnings():
   trl_utils = pytest.importorskip("trl.experimental.utils")
 
 from rlhf_jax import reward  # noqa: E402
+from rlhf_jax.data import batches, packing  # noqa: E402
 from rlhf_jax.networks import heads  # noqa: E402
-from rlhf_jax.types import RankingBatch  # noqa: E402
 
 pytestmark = pytest.mark.reference
 
@@ -43,20 +43,19 @@ def trl_reward_loss(model, inputs):
 def test_pairwise_loss_accuracy_and_gradient_are_those_of_trls_reward_trainer(
   make_llama, import_llama, stored_gradients, torch_gradients, assert_close
 ):
-  """Through the whole network, on right-padded pairs of unequal length."""
+  """Through the whole network: here packed behind shared prompts, there right-padded pairs."""
   model = make_llama("SequenceClassification")
   config, params = import_llama(model)
   rng = np.random.default_rng(0)
-  lengths = rng.integers(3, 12, (5, 2))  # of [chosen, rejected]
+  P = 3
+  lengths = rng.integers(P + 1, 12, (6, 2))  # of prompt and [chosen, rejected]
   mask = np.arange(12)[None, None, :] < lengths[:, :, None]
-  tokens = np.where(mask, rng.integers(3, 40, (5, 2, 12)), PAD)
-  batch = RankingBatch(
-    tokens=jnp.asarray(tokens),
-    mask=jnp.asarray(mask, jnp.float32),
-    ranks=jnp.tile(jnp.arange(2), (5, 1)),
-    valid=jnp.ones((5, 2)),
-    lengths=jnp.asarray(lengths),
-  )
+  tokens = np.where(mask, rng.integers(3, 40, (6, 2, 12)), PAD)
+  tokens[:, 1, :P] = tokens[:, 0, :P]
+  answers = lambda i: tuple(tokens[i, k, P : lengths[i, k]] for k in range(2))
+  groups = [packing.Group(tokens[i, 0, :P], answers(i), (0, 1)) for i in range(6)]
+  sizes = dict(max_tokens=48, max_prompts=2, max_responses=2, pad_id=PAD)
+  batch = batches.stack([packing.ranking_row(groups[i : i + 2], **sizes) for i in range(0, 6, 2)])
   network = heads.ScalarNetwork(config)
   run = jax.jit(
     jax.value_and_grad(lambda params: reward.loss(network, params, batch), has_aux=True)
