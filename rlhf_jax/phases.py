@@ -4,25 +4,22 @@ What is computed is in `sft.py`, `reward.py` and `ppo.py`; here each gets its da
 and its place on the mesh, and is run to its end by `fit`, or on from where it was killed.
 """
 
-import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 
-from rlhf_jax import ppo, reward, rollout, sft
+from rlhf_jax import feeds, ppo, reward, rollout, sft
 from rlhf_jax.data import batches, rows
-from rlhf_jax.data.records import Comparison, Demonstration, Split, Text
+from rlhf_jax.data.records import Comparison, Demonstration
 from rlhf_jax.experiment import Run
 from rlhf_jax.fit import Stage, fit
 from rlhf_jax.generation.respond import Responder
 from rlhf_jax.networks import heads
-from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
 from rlhf_jax.training import optim
 from rlhf_jax.types import Params
@@ -39,12 +36,14 @@ def supervise(run: Run, directory: pathlib.Path) -> Params:
   abstract = rules.abstract(state, run.mesh)
   step = functools.partial(sft.step, policy=run.policy, optimizer=optimizer)
   step = rules.compile_step(step, state, run.mesh)
-  make_rows = functools.partial(demonstration_rows, run, config.sequence_length, pack=True)
+  make_rows = functools.partial(feeds.demonstration_rows, run, config.sequence_length, pack=True)
   sources = run.data.mixture(Demonstration, "train", make_rows)
-  sources += pretraining_sources(run, sources)
+  sources += feeds.pretraining_sources(run, sources)
   unseen = run.data.records(Demonstration, "heldout")
-  heldout = make_rows(draw(unseen, config.max_heldout, run.seed("sft", "heldout")))
-  measure = summed(run, functools.partial(sft.evaluate, run.policy), heldout, config.batch_size)
+  heldout = make_rows(feeds.draw(unseen, config.max_heldout, run.seed("sft", "heldout")))
+  measure = feeds.summed(
+    run, functools.partial(sft.evaluate, run.policy), heldout, config.batch_size
+  )
 
   def evaluate(state: sft.SFTState) -> dict[str, float]:
     sums = measure(optim.merge(state.params, frozen))
@@ -60,22 +59,10 @@ def supervise(run: Run, directory: pathlib.Path) -> Params:
     per_step=config.batch_size * config.sequence_length,
     shown=("sft/loss", "sft/accuracy"),
   )
-  stream = batch_stream(run, sources, config.batch_size)
+  stream = feeds.batch_stream(run, sources, config.batch_size)
   _, checkpoints = fit(stage, lambda s, b: step(s, b, frozen), state, stream, evaluate)
   best = checkpoints.restore(abstract, checkpoints.best_step())
   return optim.merge(best.state.params, frozen)
-
-
-def pretraining_sources(run: Run, dialogues: Sequence[batches.Source]) -> list[batches.Source]:
-  """Plain text, weighted to make `pretraining_share` of the rows beside the dialogues."""
-  config = run.config.sft
-  share = config.pretraining_share
-  if not share:
-    return []
-  texts = run.data.mixture(Text, "train", functools.partial(text_rows, run, config.sequence_length))
-  total = sum(s.weight for s in dialogues) * share / (1.0 - share)
-  scale = total / sum(s.weight for s in texts)
-  return [dataclasses.replace(s, name=f"{s.name} text", weight=s.weight * scale) for s in texts]
 
 
 def fit_reward(
@@ -97,8 +84,8 @@ def fit_reward(
     on_too_long=run.config.text.on_too_long,
     packing_seed=run.config.seed,
   )
-  train = draw(train, config.max_train, run.seed("reward", "train"))
-  heldout = draw(heldout, config.max_heldout, run.seed("reward", "heldout"))
+  train = feeds.draw(train, config.max_train, run.seed("reward", "train"))
+  heldout = feeds.draw(heldout, config.max_heldout, run.seed("reward", "heldout"))
   source = batches.Source("comparisons", make_rows(train), 1.0)
   num_steps = config.num_epochs * max(len(source.rows) // config.batch_size, 1)
   params = heads.scalar_from_trunk(run.scalar, trunk, run.key("reward head"))
@@ -108,7 +95,7 @@ def fit_reward(
   step = functools.partial(reward.step, network=run.scalar, optimizer=optimizer)
   step = rules.compile_step(step, state, run.mesh)
   evaluate_batch = functools.partial(reward.evaluate, run.scalar)
-  measure = summed(run, evaluate_batch, make_rows(heldout), config.batch_size)
+  measure = feeds.summed(run, evaluate_batch, make_rows(heldout), config.batch_size)
 
   figures = {}
 
@@ -125,7 +112,7 @@ def fit_reward(
     per_step=config.batch_size * len(train) / max(len(source.rows), 1),
     shown=("reward/loss", "reward/accuracy"),
   )
-  stream = batch_stream(run, [source], config.batch_size)
+  stream = feeds.batch_stream(run, [source], config.batch_size)
   state, _ = fit(stage, lambda s, b: step(s, b, frozen), state, stream, evaluate)
   params = optim.merge(state.params, frozen)
   if not figures:  # the stage was killed after its last step
@@ -143,8 +130,8 @@ def demonstration_score(run: Run, params: Params, config: reward.RewardConfig) -
     return {"sum": jnp.sum(jnp.where(held, scores, 0.0)), "count": jnp.sum(held)}
 
   demonstrations = run.data.records(Demonstration, "train")[:CENTERING_DEMONSTRATIONS]
-  padded = demonstration_rows(run, config.sequence_length, demonstrations, pack=False)
-  sums = summed(run, measure, padded, config.batch_size)(params)
+  padded = feeds.demonstration_rows(run, config.sequence_length, demonstrations, pack=False)
+  sums = feeds.summed(run, measure, padded, config.batch_size)(params)
   return sums["sum"] / sums["count"]
 
 
@@ -174,7 +161,7 @@ def train_policy(
     seen = sample(*current, judges, prompts, ppo.keys(state)[0])
     return update(state, (frozen_policy, frozen_critic), seen, text)
 
-  heldout, _ = next(experience_stream(run, "heldout")(0))
+  heldout, _ = next(feeds.experience_stream(run, "heldout")(0))
 
   def evaluate(state: ppo.PPOState) -> dict[str, float]:
     critic, key = optim.merge(state.critic, frozen_critic), run.key("heldout rollouts")
@@ -195,7 +182,7 @@ def train_policy(
     shown=("objective/scores", "objective/kl"),
     writers=(warn_negative_kl,),
   )
-  state, _ = fit(stage, step, state, experience_stream(run, "train"), evaluate)
+  state, _ = fit(stage, step, state, feeds.experience_stream(run, "train"), evaluate)
   average = state.ema if config.ema_decay else state.policy
   return optim.merge(state.policy, frozen_policy), optim.merge(average, frozen_policy)
 
@@ -238,87 +225,3 @@ def sampler(run: Run, stem_blocks: int) -> tuple[Responder, Callable]:
     return score(judges, critic, prompts, responder.generate(policy, prompts, key))
 
   return responder, sample
-
-
-def experience_stream(run: Run, split: Split) -> Callable[[int], Iterator]:
-  """From a step on: the prompts of each step, and the pretraining rows that go with it, or None.
-
-  Pretraining rows come as [updates, rows, T], one slice for each optimiser step.
-  """
-  config = run.config.ppo
-  padded = rows.prompt_rows(
-    run.data.prompts(split),
-    run.template,
-    run.tokenizer,
-    max_tokens=config.rollout.prompt_length,
-    on_too_long=run.config.text.on_too_long,
-  )
-  source = batches.Source("prompts", padded, 1.0)
-  prompts = batch_stream(run, [source], config.rollout.batch_size)
-  if not config.ptx_rows or split == "heldout":
-    return lambda step: ((batch, None) for batch in prompts(step))
-  make_rows = functools.partial(text_rows, run, config.ptx.sequence_length)
-  sources = run.data.mixture(Text, "train", make_rows)
-  texts = host_batches(run, sources, config.updates * config.ptx_rows)
-  fold = lambda x: x.reshape(config.updates, -1, *x.shape[1:])
-  put = lambda batch: mesh_lib.put_batch(run.mesh, jax.tree.map(fold, batch), axis=1)
-  return lambda step: zip(prompts(step), map(put, texts.starting_at(step)))
-
-
-def draw(some: Sequence, count: int | None, seed: int) -> list:
-  """`count` of them in a random order, or all of them as they stand."""
-  if count is None:
-    return list(some)
-  order = np.random.default_rng(seed).permutation(len(some))
-  return [some[int(i)] for i in order[:count]]
-
-
-def text_rows(run: Run, max_tokens: int, texts: Sequence[Text]) -> rows.Rows:
-  """Plain text as packed rows."""
-  return rows.text_rows(texts, run.tokenizer, max_tokens=max_tokens, packing_seed=run.config.seed)
-
-
-def demonstration_rows(
-  run: Run, max_tokens: int, demonstrations: Sequence[Demonstration], *, pack: bool
-) -> rows.Rows:
-  """Dialogues as rows, several in one where `pack`."""
-  return rows.demonstration_rows(
-    demonstrations,
-    run.template,
-    run.tokenizer,
-    max_tokens=max_tokens,
-    supervise=run.config.sft.supervise,
-    on_too_long=run.config.text.on_too_long,
-    packing_seed=run.config.seed if pack else None,
-  )
-
-
-def host_batches(run: Run, sources: Sequence[batches.Source], batch_size: int) -> batches.Batches:
-  """This process's part of an endless, shuffled mixture."""
-  return batches.endless(
-    sources,
-    batch_size,
-    seed=run.config.seed,
-    shard_index=jax.process_index(),
-    shard_count=jax.process_count(),
-  )
-
-
-def batch_stream(
-  run: Run, sources: Sequence[batches.Source], batch_size: int
-) -> Callable[[int], Iterator]:
-  """The same on the mesh, from any step on."""
-  stream = host_batches(run, sources, batch_size)
-  return lambda step: (mesh_lib.put_batch(run.mesh, b) for b in stream.starting_at(step))
-
-
-def summed(run: Run, measure: Callable, heldout: rows.Rows, batch_size: int) -> Callable:
-  """`params -> sums`: what `measure(params, batch)` gives, added up over all held-out rows."""
-  measure = jax.jit(measure)
-  on_mesh = [mesh_lib.put_batch(run.mesh, b) for b in batches.once(heldout, batch_size)]
-
-  def over_all(params: Params) -> dict[str, Any]:
-    sums = [jax.device_get(measure(params, batch)) for batch in on_mesh]
-    return jax.tree.map(lambda *parts: sum(parts).tolist(), *sums)
-
-  return over_all

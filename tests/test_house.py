@@ -25,7 +25,7 @@ ORDER = [
   {"sft", "comparisons", "reward", "rollout", "ppo", "fit"},
   {"labelers"},
   {"feedback", "moderation"},
-  {"experiment", "phases", "standing"},
+  {"experiment", "feeds", "phases", "standing"},
   {"evaluation"},
   {"iterate"},
   {"serving", "chat"},
