@@ -99,7 +99,7 @@ def collect(
 
   Args:
     config: K, and whether the original is ranked as well.
-    responder: samples the answers.
+    responder: samples K answers to a prompt.
     params: of the policy that answers.
     prompts: conversations that wait for a reply, with the one that was given.
     key: of this round.
@@ -107,8 +107,7 @@ def collect(
     author: which policy answers, as the records will say.
   """
   K = config.responses
-  repeated = [conversation for conversation, _ in prompts for _ in range(K)]
-  replies = responder.respond(params, repeated, key)
+  replies = responder.respond(params, [conversation for conversation, _ in prompts], key)
   collected = []
   for i, (conversation, original) in enumerate(prompts):
     answers = [reply.text for reply in replies[i * K : (i + 1) * K]]

@@ -144,8 +144,11 @@ class Run:
     layout = rules.partition(jax.eval_shape(init, key), self.mesh)
     return jax.jit(init, out_shardings=layout)(key)
 
-  def responder(self, sampling: SamplingConfig, prompt_length: int, batch_size: int) -> Responder:
-    """A compiled way from conversations to answers."""
+  def responder(
+    self, sampling: SamplingConfig, prompt_length: int, batch_size: int, samples: int = 1
+  ) -> Responder:
+    """A compiled way from conversations to answers, about `batch_size` of them at a time."""
+    devices = mesh_lib.batch_devices(self.mesh)
     return Responder(
       self.policy,
       self.tokenizer,
@@ -153,7 +156,8 @@ class Run:
       self.mesh,
       sampling,
       prompt_length,
-      batch_size,
+      max(batch_size // samples // devices, 1) * devices,
+      samples,
     )
 
 

@@ -82,7 +82,9 @@ def compare(run: Run, round_name: str, policy: str, truth: gold_lib.Gold) -> Res
   labelers = simulated.panel(truth.totals, run.config.labelers)
 
   def work(folder: pathlib.Path) -> Result:
-    responder = run.responder(config.sampling, config.prompt_length, config.batch_size)
+    responder = run.responder(
+      config.sampling, config.prompt_length, config.batch_size, config.responses
+    )
     params, result = load(run, policy), {"policy": policy, "labelers": [l.name for l in labelers]}
     for side, count in (("train", config.prompts), ("heldout", config.heldout_prompts)):
       seed = run.seed(round_name, side)

@@ -40,14 +40,14 @@ def chat(name, exchanges=4):
 
 
 class Echo:
-  """A responder whose replies are numbered in the order in which they were asked for."""
+  """A responder whose replies, three to a conversation, are numbered in their order."""
 
   def __init__(self):
     self.asked = []
 
   def respond(self, params, conversations, key):
     self.asked = list(conversations)
-    return [Reply(f"{params} {i}", 2, True) for i in range(len(conversations))]
+    return [Reply(f"{params} {i}", 2, True) for i in range(3 * len(conversations))]
 
 
 class Fixed:
@@ -139,7 +139,7 @@ def collected(labelers, **changes):
 
 def test_each_prompt_gets_its_own_k_answers_in_order():
   prompts, responder, found = collected([Fixed("ann", (0, 1, 2))])
-  assert responder.asked == [prompt for prompt, _ in prompts for _ in range(3)]
+  assert responder.asked == [prompt for prompt, _ in prompts]
   assert [record.conversation for record in found] == [prompt for prompt, _ in prompts]
   for i, record in enumerate(found):
     assert record.responses == tuple(f"says {3 * i + k}" for k in range(3))

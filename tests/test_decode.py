@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from rlhf_jax.generation import decode
-from rlhf_jax.networks import likelihood
+from rlhf_jax.networks import heads, likelihood
 from rlhf_jax.networks.transformer import ModelConfig
 from rlhf_jax.types import PromptBatch
 
@@ -134,6 +134,20 @@ def test_a_row_does_not_depend_on_the_batch_size(params, sampled):
   prompts, expected = sampled
   first = jax.tree.map(lambda x: x[:3], prompts)
   assert_same(compiled()(params, first, jax.random.key(0)), jax.tree.map(lambda x: x[:3], expected))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_several_samples_of_a_prompt_are_those_of_as_many_copies_of_it(scan_layers):
+  policy = heads.Policy(tiny.changed(tiny.MODEL, scan_layers=scan_layers))
+  params = tiny.params(policy, 0)
+  generate = functools.partial(
+    decode.generate, policy, config=SAMPLING, stop_ids=STOPS, pad_id=tiny.PAD
+  )
+  prompts = tiny.mixed_prompts(3, P, 0)
+  copies = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), prompts)
+  together = jax.jit(functools.partial(generate, samples=4))(params, prompts, jax.random.key(0))
+  assert_same(together, jax.jit(generate)(params, copies, jax.random.key(0)))
+  assert len(np.unique(np.asarray(together.tokens)[:4], axis=0)) > 1  # and they are not one sample
 
 
 @pytest.mark.conformance("A36")

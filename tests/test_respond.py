@@ -1,5 +1,7 @@
 """Conversations answered in batches: order, padding and text."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -78,6 +80,16 @@ def test_chunks_and_rows_with_one_question_draw_differently_and_a_key_fixes_all(
   texts = draw(0)
   assert len(set(texts)) > 12 and texts[:8] != texts[8:16] != texts[16:]
   assert draw(0) == texts != draw(1)
+
+
+def test_several_samples_stand_behind_each_other_whatever_the_chunks(params):
+  asked = conversations(11)
+  several = dataclasses.replace(responder(8, temperature=0.0), samples=3)
+  replies = several.respond(params, asked, jax.random.key(0))
+  once = responder(8, temperature=0.0).respond(params, asked, jax.random.key(0))
+  assert replies == [reply for reply in once for _ in range(3)]
+  drawn = dataclasses.replace(responder(8), samples=3).respond(params, asked, jax.random.key(0))
+  assert len({reply.text for reply in drawn[:3]}) == 3
 
 
 def test_the_last_chunk_is_filled_up_with_rows_that_hold_nothing():

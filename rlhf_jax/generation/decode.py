@@ -39,20 +39,23 @@ def generate(
   config: sampling.SamplingConfig,
   stop_ids: tuple[int, ...],
   pad_id: int,
+  samples: int = 1,
 ) -> Completion:
-  """Samples one response to each prompt; pure and jittable, no token returns to Python.
+  """Samples `samples` responses to each prompt; pure and jittable, no token returns to Python.
 
-  The loop ends early when every row has drawn one of `stop_ids`. Step t draws with
-  fold_in(key, t), so rows do not depend on the mesh, nor on when their neighbours end.
+  Response k to prompt b is row b * samples + k; each prompt is read once. The loop ends early when
+  every row has drawn one of `stop_ids`. Step t draws with fold_in(key, t), so rows do not depend on
+  the mesh, nor on when their neighbours end.
   """
   chex.assert_equal_shape([prompts.tokens, prompts.mask])
   B, P = prompts.tokens.shape
-  R = config.max_new_tokens
+  R, rows = config.max_new_tokens, B * samples
   positions, segments = heads.layout(prompts.mask)
   run = lambda *inputs: policy.apply({"params": params}, *inputs, method="hidden")
   head = lambda hidden: policy.apply({"params": params}, hidden, method="logits")
   hidden, cache = run(prompts.tokens, positions, segments, KVCache.empty(policy.config, B, P + R))
-  prompt_lengths = jnp.sum(segments, axis=1)
+  last_hidden, cache = jnp.repeat(hidden[:, -1], samples, axis=0), cache.repeat(samples)
+  prompt_lengths = jnp.repeat(jnp.sum(segments, axis=1), samples)
 
   def extend(state: DecodeState, hidden: jax.Array, cache: KVCache) -> DecodeState:
     """Draws column `state.step` from the hidden state [B, D] of the column before."""
@@ -71,12 +74,12 @@ def generate(
     return extend(state, hidden[:, 0], cache)
 
   blank = Completion(
-    tokens=jnp.full((B, R), pad_id, jnp.int32),
-    mask=jnp.zeros((B, R), jnp.float32),
-    logprobs=jnp.zeros((B, R), jnp.float32),
-    finished=jnp.zeros((B,), jnp.float32),
+    tokens=jnp.full((rows, R), pad_id, jnp.int32),
+    mask=jnp.zeros((rows, R), jnp.float32),
+    logprobs=jnp.zeros((rows, R), jnp.float32),
+    finished=jnp.zeros((rows,), jnp.float32),
   )
-  state = extend(DecodeState(jnp.int32(0), cache, blank), hidden[:, -1], cache)
+  state = extend(DecodeState(jnp.int32(0), cache, blank), last_hidden, cache)
   return jax.lax.while_loop(unfinished, body, state).completion
 
 

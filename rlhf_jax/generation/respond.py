@@ -37,7 +37,8 @@ class Responder:
   mesh: Mesh
   sampling: sampling.SamplingConfig
   prompt_length: int  # P, tokens
-  batch_size: int  # rows in one call of the compiled function
+  batch_size: int  # prompts in one call of the compiled function
+  samples: int = 1  # replies to each prompt
 
   def __post_init__(self):
     mesh_lib.check_batch(self.mesh, self.batch_size, "batch_size of generation")
@@ -52,6 +53,7 @@ class Responder:
         config=self.sampling,
         stop_ids=(self.tokenizer.eos_id,),
         pad_id=self.tokenizer.pad_id,
+        samples=self.samples,
       )
     )
 
@@ -89,9 +91,12 @@ class Responder:
   def respond(
     self, params: Params, conversations: Sequence[Conversation], key: jax.Array
   ) -> list[Reply]:
-    """One sampled reply to each conversation, in order; chunk i draws with fold_in(key, i)."""
+    """Sampled replies to each conversation, in order; chunk i draws with fold_in(key, i).
+
+    Of several `samples`, those to one conversation stand together.
+    """
     replies = []
     for i, prompts in enumerate(self.prompt_batches(conversations)):
       done = self.generate(params, prompts, jax.random.fold_in(key, i))
       replies += self.decode(done.tokens, done.mask, done.finished)
-    return replies[: len(conversations)]
+    return replies[: len(conversations) * self.samples]

@@ -70,6 +70,15 @@ class KVCache:
       layers = lambda: tuple(jnp.zeros(shape, config.dtype) for _ in range(config.n_layers))
     return cls(layers(), layers(), jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
 
+  def repeat(self, times: int) -> "KVCache":
+    """Each row `times` times in a row, for several continuations of one prompt."""
+    if times == 1:
+      return self
+    # The batch axis is the fourth from the end, with and without a leading L.
+    again = lambda layers: jax.tree.map(lambda x: jnp.repeat(x, times, axis=-4), layers)
+    segments = jnp.repeat(self.segments, times, axis=0)
+    return self.replace(keys=again(self.keys), values=again(self.values), segments=segments)
+
 
 def rotary(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine [B, T, H/2] of the rotary angles, float32 (Su et al. 2021, eq. 15)."""
