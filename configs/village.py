@@ -43,7 +43,7 @@ def standard() -> ConfigDict:
   )
 
   config.comparisons = dict(
-    prompts=4_000,
+    prompts=14_000,
     responses=4,  # K; InstructGPT: 4 to 9
     include_original=False,
     include_recorded=False,
@@ -72,7 +72,7 @@ def standard() -> ConfigDict:
     max_prompts=4,
     max_responses=4,
     sequence_length=140,  # a prompt and four answers
-    eval_every=250,
+    eval_every=500,
     frozen=(),
     optim=optim(1e-3, "cosine", final_fraction=0.1, warmup_steps=10),
   )
@@ -168,7 +168,7 @@ def shrink(config: ConfigDict) -> None:
   config.sft.update(num_steps=8, batch_size=8, eval_every=4)
   config.comparisons.update(prompts=32, heldout_prompts=16, batch_size=32)
   config.sft.optim.update(warmup_steps=2)
-  config.reward.update(batch_size=8, eval_every=2)
+  config.reward.update(batch_size=8, max_prompts=2, eval_every=2)
   config.reward.optim.update(warmup_steps=1)
   config.ppo.update(num_steps=3, minibatches=2, eval_every=2)
   config.ppo.rollout.update(batch_size=16)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from rlhf_jax import feeds, ppo, reward, rollout, sft
+from rlhf_jax import feeds, masked, ppo, reward, rollout, sft
 from rlhf_jax.data import batches, rows
 from rlhf_jax.data.records import Comparison, Demonstration
 from rlhf_jax.experiment import Run
@@ -22,7 +22,7 @@ from rlhf_jax.generation.respond import Responder
 from rlhf_jax.networks import heads
 from rlhf_jax.parallel import rules
 from rlhf_jax.training import optim
-from rlhf_jax.types import Params
+from rlhf_jax.types import Metrics, Params, TokenBatch
 
 CENTERING_DEMONSTRATIONS = 256  # at most so many set the reward model's zero
 
@@ -123,15 +123,17 @@ def fit_reward(
 def demonstration_score(run: Run, params: Params, config: reward.RewardConfig) -> float:
   """The mean score of trainers' demonstrations, which becomes the reward model's zero."""
 
-  def measure(params: Params, batch):
-    mask = (batch.segments > 0).astype(jnp.float32)
-    held = jnp.any(mask > 0, axis=1)  # a batch may be filled up with empty rows
-    scores = reward.score_sequences(run.scalar, params, batch.tokens, mask)
-    return {"sum": jnp.sum(jnp.where(held, scores, 0.0)), "count": jnp.sum(held)}
+  def measure(params: Params, batch: TokenBatch) -> Metrics:
+    values = run.scalar.apply({"params": params}, batch.tokens, batch.positions, batch.segments)
+    following = jnp.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
+    ends = (batch.segments > 0) & (batch.segments != following)
+    return {"sum": masked.total(values, ends), "count": jnp.sum(ends)}
 
-  demonstrations = run.data.records(Demonstration, "train")[:CENTERING_DEMONSTRATIONS]
-  padded = feeds.demonstration_rows(run, config.sequence_length, demonstrations, pack=False)
-  sums = feeds.summed(run, measure, padded, config.batch_size)(params)
+  count = min(config.max_heldout or CENTERING_DEMONSTRATIONS, CENTERING_DEMONSTRATIONS)
+  everything = run.data.records(Demonstration, "train")
+  demonstrations = feeds.draw(everything, count, run.seed("reward", "centre"))
+  packed = feeds.demonstration_rows(run, config.sequence_length, demonstrations, pack=True)
+  sums = feeds.summed(run, measure, packed, config.batch_size)(params)
   return sums["sum"] / sums["count"]
 
 
