@@ -67,7 +67,8 @@ def smollm2() -> ConfigDict:
     max_responses=2,
     sequence_length=256,
   )
-  config.ppo.update(frozen=lower_24, num_steps=20)
+  config.ppo.update(frozen=lower_24, num_steps=16, eval_every=8)
+  config.evaluation.update(prompts=48)
   return config
 
 
@@ -91,11 +92,11 @@ def small() -> ConfigDict:
   )
   config.sft.update(num_steps=400, batch_size=16, sequence_length=192, eval_every=100)
   config.sft.optim.update(learning_rate=2e-3, warmup_steps=40)
-  config.reward.update(batch_size=8, sequence_length=224, eval_every=20)
+  config.reward.update(batch_size=8, sequence_length=224, eval_every=50)
   config.reward.optim.update(learning_rate=5e-4)
   config.gold_model = config.reward.copy_and_resolve_references()
   config.gold_model.update(max_responses=2, sequence_length=256, max_train=2_000)
-  config.comparisons.update(prompts=256, heldout_prompts=64, batch_size=64)
+  config.comparisons.update(prompts=1_000, heldout_prompts=100, batch_size=256)
   config.ppo.update(num_steps=40)
   config.ppo.rollout.update(batch_size=64)
   config.ppo.policy_optim.update(learning_rate=2e-4)
@@ -118,6 +119,7 @@ def common() -> ConfigDict:
     supervise="all",
     pretraining_share=0.1,  # InstructGPT, appendix C.3
     max_heldout=64,
+    judge=None,
     eval_every=1,
     frozen=(),
     optim=optim(1e-4, "cosine", final_fraction=0.1, warmup_steps=10),

@@ -39,6 +39,7 @@ def instructgpt() -> ConfigDict:
     supervise="all",
     pretraining_share=0.1,
     max_heldout=None,
+    judge=None,  # IG chose by reward-model score; name the folder of one that was trained before
     eval_every=150,
     frozen=(),
     optim=adam(5e-6, "cosine", final_fraction=0.1),
@@ -82,6 +83,7 @@ def nplus() -> ConfigDict:
     supervise="last",
     pretraining_share=0.0,
     max_heldout=None,
+    judge=None,
     eval_every=114,
     frozen=(),
     optim=adam(3e-6, "cosine", final_fraction=0.0, beta2=0.999),  # N+

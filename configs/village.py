@@ -37,6 +37,7 @@ def standard() -> ConfigDict:
     supervise="last",  # earlier turns hold mistakes on purpose
     pretraining_share=0.0,
     max_heldout=None,
+    judge=None,
     eval_every=400,
     frozen=(),
     optim=optim(4e-3, "cosine", final_fraction=0.1, warmup_steps=50),

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from rlhf_jax import feeds, masked, ppo, reward, rollout, sft
@@ -21,15 +22,16 @@ from rlhf_jax.fit import Stage, fit
 from rlhf_jax.generation.respond import Responder
 from rlhf_jax.networks import heads
 from rlhf_jax.parallel import rules
-from rlhf_jax.training import optim
+from rlhf_jax.training import checkpoint, optim
 from rlhf_jax.types import Metrics, Params, TokenBatch
 
 CENTERING_DEMONSTRATIONS = 256  # at most so many set the reward model's zero
 
 
 def supervise(run: Run, directory: pathlib.Path) -> Params:
-  """Supervised fine-tuning; returns the policy with the lowest held-out loss."""
+  """Supervised fine-tuning; returns the policy with the lowest held-out loss, or by its judge."""
   config = run.config.sft
+  judge = None if config.judge is None else scored_by(run, config.judge)
   trainable, frozen = optim.split(run.initial_policy(), config.frozen)
   optimizer = optim.make(config.optim, config.num_steps)
   state = rules.place(sft.init(trainable, optimizer), run.mesh)
@@ -46,9 +48,13 @@ def supervise(run: Run, directory: pathlib.Path) -> Params:
   )
 
   def evaluate(state: sft.SFTState) -> dict[str, float]:
-    sums = measure(optim.merge(state.params, frozen))
+    policy = optim.merge(state.params, frozen)
+    sums = measure(policy)
     loss, accuracy = sums["nll"] / sums["tokens"], sums["correct"] / sums["tokens"]
-    return {"sft/heldout_loss": loss, "sft/heldout_accuracy": accuracy, "score": -loss}
+    figures = {"sft/heldout_loss": loss, "sft/heldout_accuracy": accuracy, "score": -loss}
+    if judge is not None:
+      figures["sft/heldout_score"] = figures["score"] = judge(policy)
+    return figures
 
   stage = Stage(
     name="sft",
@@ -63,6 +69,28 @@ def supervise(run: Run, directory: pathlib.Path) -> Params:
   _, checkpoints = fit(stage, lambda s, b: step(s, b, frozen), state, stream, evaluate)
   best = checkpoints.restore(abstract, checkpoints.best_step())
   return optim.merge(best.state.params, frozen)
+
+
+def scored_by(run: Run, folder: str) -> Callable[[Params], float]:
+  """`policy -> mean score` of its answers to held-out prompts, by the reward model in `folder`.
+
+  Raises:
+    UserError: there is no reward model of the run's shapes in `folder`.
+  """
+  shapes = jax.eval_shape(functools.partial(heads.init, run.scalar), jax.random.key(0))
+  model, _ = checkpoint.load_params(folder, rules.abstract(shapes, run.mesh))
+  responder, sample = sampler(run, 0)
+  some = [p.conversation for p in run.data.prompts("heldout") if responder.fits(p.conversation)]
+  some = some[: run.config.sft.max_heldout]
+
+  def score(policy: Params) -> float:
+    judges, scores = rollout.Judges(policy, model), []
+    for i, prompts in enumerate(responder.prompt_batches(some)):
+      key = jax.random.fold_in(run.key("sft", "judge"), i)
+      scores += sample(policy, model, judges, prompts, key).scores.tolist()
+    return float(np.mean(scores[: len(some)]))
+
+  return score
 
 
 def fit_reward(

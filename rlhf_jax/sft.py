@@ -2,7 +2,8 @@
 
 The first stage of the recipe (Ouyang et al. 2022, section 3.5). Trainers' demonstrations and
 rewritten instruction data arrive mixed and packed as a `TokenBatch`; the mask says which tokens are
-the assistant's. The checkpoint is chosen on held-out loss.
+the assistant's. The checkpoint is chosen on held-out loss or, where a reward model exists already,
+on its score of sampled answers, which InstructGPT saw rise long after the loss had stopped falling.
 """
 
 import dataclasses
@@ -30,7 +31,8 @@ class SFTConfig:
   supervise: Literal["all", "last"]  # assistant messages that carry loss
   # Share of the rows that hold pretraining text (Ouyang et al. 2022, appendix C.3: 0.1).
   pretraining_share: Annotated[float, Range(low=0.0, high=1.0, closed="low")]
-  max_heldout: PositiveInt | None  # dialogues to measure on; None: all
+  max_heldout: PositiveInt | None  # dialogues, and prompts, to measure on; None: all
+  judge: str | None  # folder of a reward model whose score chooses the checkpoint; None: the loss
   eval_every: PositiveInt  # steps between held-out losses, each with a checkpoint
   frozen: tuple[str, ...]  # regexes over parameter paths that stay as they are
   optim: optim.OptimConfig

@@ -1,13 +1,18 @@
 """The stages at work: what they warn of, and where the reward model's zero is."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
 import runs
 import tiny
 
-from rlhf_jax import experiment, feeds, phases, reward
+from rlhf_jax import experiment, feeds, iterate, phases, reward
 from rlhf_jax.data.records import Demonstration
+from rlhf_jax.training import checkpoint
+from rlhf_jax.types import UserError
 
 
 @pytest.mark.conformance("B32")
@@ -29,9 +34,57 @@ def test_a_mean_kl_clearly_below_zero_is_warned_of(monkeypatch, kl, stderr, warn
   assert all("step 7" in text and "-0.500" in text for text in said)
 
 
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+  """Data, tokenizer and networks of the village's tiny config, with nothing trained."""
+  folder = tmp_path_factory.mktemp("run")
+  config = runs.tiny(folder / "data", reward__max_heldout=50, sft__max_heldout=20)
+  return experiment.start(config, folder / "run")
+
+
+@pytest.mark.conformance("A9")
+def test_a_judge_chooses_the_sft_checkpoint_and_without_one_the_loss_does(
+  tiny_run, monkeypatch, tmp_path
+):
+  read = lambda folder: (folder / "heldout.jsonl").read_text().splitlines()
+  losses = lambda folder: [json.loads(line) for line in read(folder)]
+  phases.supervise(tiny_run, tmp_path / "by_loss")
+  by_loss = losses(tmp_path / "by_loss")
+  assert by_loss[-1]["score"] == -by_loss[-1]["sft/heldout_loss"] > by_loss[0]["score"]
+  verdicts = iter([2.0, 1.0])  # the earlier checkpoint answers better, whatever its loss
+  monkeypatch.setattr(phases, "scored_by", lambda run, folder: lambda policy: next(verdicts))
+  sft = dataclasses.replace(tiny_run.config.sft, judge="somewhere")
+  judged = dataclasses.replace(tiny_run, config=dataclasses.replace(tiny_run.config, sft=sft))
+  policy = phases.supervise(judged, tmp_path / "by_judge")
+  assert [l["sft/heldout_score"] for l in losses(tmp_path / "by_judge")] == [2.0, 1.0]
+  kept = checkpoint.Checkpointer(tmp_path / "by_judge/checkpoints", keep=2)
+  assert kept.best_step() == 4
+  shapes = jax.tree.map(np.shape, policy)
+  assert shapes == jax.tree.map(np.shape, tiny_run.initial_policy())
+
+
+@pytest.mark.conformance("A9")
+def test_the_judges_verdict_is_the_mean_score_of_sampled_answers(tiny_run, tmp_path):
+  model, policy = tiny.params(tiny_run.scalar, 0), tiny.params(tiny_run.policy, 1)
+  iterate.save(tiny_run, tmp_path / "reward_model", model)
+  verdict = phases.scored_by(tiny_run, str(tmp_path / "reward_model"))(policy)
+  responder, _ = phases.sampler(tiny_run, 0)
+  prompts = [p.conversation for p in tiny_run.data.prompts("heldout")][:20]
+  scores = []
+  for i, batch in enumerate(responder.prompt_batches(prompts)):
+    key = jax.random.fold_in(tiny_run.key("sft", "judge"), i)
+    done = responder.generate(policy, batch, key)
+    tokens = np.concatenate([batch.tokens, done.tokens], axis=1)
+    mask = np.concatenate([batch.mask, done.mask], axis=1)
+    scores += reward.score_sequences(tiny_run.scalar, model, tokens, mask).tolist()
+  np.testing.assert_allclose(verdict, np.mean(scores[:20]), rtol=1e-4)
+  with pytest.raises(UserError, match="no parameters to load"):
+    phases.scored_by(tiny_run, str(tmp_path / "nothing"))
+
+
 @pytest.mark.conformance("A20")
-def test_the_zero_of_a_reward_model_is_the_mean_score_of_demonstrations(tmp_path):
-  run = experiment.start(runs.tiny(tmp_path / "data", reward__max_heldout=50), tmp_path / "run")
+def test_the_zero_of_a_reward_model_is_the_mean_score_of_demonstrations(tiny_run):
+  run = tiny_run
   params = tiny.params(run.scalar, 0)
   config = run.config.reward
   some = feeds.draw(run.data.records(Demonstration, "train"), 50, run.seed("reward", "centre"))
