@@ -58,8 +58,9 @@ def gold(run: Run) -> gold_lib.Gold:
 
   def work(folder: pathlib.Path) -> Result:
     split = lambda side: run.data.records(Comparison, side)
-    trunk = run.initial_policy()["trunk"]
-    config = run.config.gold_model
+    # A network without pretraining knows no language before SFT.
+    start = run.initial_policy() if run.config.pretrained else load(run, said(run, "sft")["policy"])
+    trunk, config = start["trunk"], run.config.gold_model
     model, heldout = phases.fit_reward(run, folder, config, trunk, split("train"), split("heldout"))
     save(run, folder / "reward_model", model)
     return {"reward_model": "gold/reward_model", "heldout": heldout}
