@@ -134,6 +134,11 @@ class Run:
     """The seed of something that is drawn on the host, as `key` is on the device."""
     return int(jax.random.bits(self.key(*names)))
 
+  def abstract(self, network: heads.Policy | heads.ScalarNetwork) -> Params:
+    """Shapes of a network's parameters, and where they live on the mesh."""
+    shapes = jax.eval_shape(functools.partial(heads.init, network), jax.random.key(0))
+    return rules.abstract(shapes, self.mesh)
+
   def initial_policy(self) -> Params:
     """The policy that SFT starts from: the pretrained one, or random parameters."""
     config = self.config

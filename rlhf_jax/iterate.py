@@ -14,12 +14,9 @@ seed, the phase and the step. `lineage.json` says what was made from what.
   workdir/round_1/after/                               ... and after it
 """
 
-import functools
 import json
 import pathlib
 from typing import Any
-
-import jax
 
 from rlhf_jax import comparisons, phases, rollout
 from rlhf_jax import config as config_lib
@@ -29,8 +26,6 @@ from rlhf_jax.evaluation import measure
 from rlhf_jax.experiment import Run
 from rlhf_jax.labelers import gold as gold_lib
 from rlhf_jax.labelers import simulated
-from rlhf_jax.networks import heads
-from rlhf_jax.parallel import rules
 from rlhf_jax.standing import Result, is_done, phase, said
 from rlhf_jax.training import checkpoint, files
 from rlhf_jax.types import Params
@@ -206,8 +201,7 @@ def load(run: Run, path: str) -> Params:
     UserError: nothing there, damaged, or of another shape than the run's networks.
   """
   network = run.scalar if path.endswith("reward_model") else run.policy
-  shapes = jax.eval_shape(functools.partial(heads.init, network), jax.random.key(0))
-  params, _ = checkpoint.load_params(run.workdir / path, rules.abstract(shapes, run.mesh))
+  params, _ = checkpoint.load_params(run.workdir / path, run.abstract(network))
   return params
 
 

@@ -77,8 +77,7 @@ def scored_by(run: Run, folder: str) -> Callable[[Params], float]:
   Raises:
     UserError: there is no reward model of the run's shapes in `folder`.
   """
-  shapes = jax.eval_shape(functools.partial(heads.init, run.scalar), jax.random.key(0))
-  model, _ = checkpoint.load_params(folder, rules.abstract(shapes, run.mesh))
+  model, _ = checkpoint.load_params(folder, run.abstract(run.scalar))
   responder, sample = sampler(run, 0)
   some = [p.conversation for p in run.data.prompts("heldout") if responder.fits(p.conversation)]
   some = some[: run.config.sft.max_heldout]

@@ -28,7 +28,7 @@ CLAIMS = {
   "Reward model": {
     "A10": "K = 4 equals the hand value with 1 / C(K, 2); K = 2 equals the pairwise loss",
     "A11": "a prompt with nine answers weighs the same as one with four",
-    "A12": "all pairs of a prompt are in one step, from K forward passes",
+    "A12": "all pairs of a prompt are in one step, for which each answer is read once",
     "A13": "ties make no pair",
     "A14": "head weights start with std 1 / sqrt(D + 1), bias 0",
     "A15": "the score is read at the last real token, not in the last column",
