@@ -47,8 +47,7 @@ def smollm2() -> ConfigDict:
     rope_base=100_000.0,
     norm_eps=1e-5,
     tie_embeddings=True,
-    scan_layers=False,
-    dtype="float32",
+    compute=dict(dtype="float32", scan_layers=False, remat=False, logit_columns=16),
   )
   # A CPU trains the upper blocks only. The blocks below are the same in policy, reference, critic
   # and reward model, so PPO runs them once a rollout.
@@ -87,8 +86,7 @@ def small() -> ConfigDict:
     rope_base=10_000.0,
     norm_eps=1e-5,
     tie_embeddings=True,
-    scan_layers=False,
-    dtype="float32",
+    compute=dict(dtype="float32", scan_layers=False, remat=False, logit_columns=None),
   )
   config.sft.update(num_steps=400, batch_size=16, sequence_length=192, eval_every=100)
   config.sft.optim.update(learning_rate=2e-3, warmup_steps=40)

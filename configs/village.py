@@ -95,8 +95,7 @@ def model() -> dict:
     rope_base=10_000.0,
     norm_eps=1e-5,
     tie_embeddings=False,
-    scan_layers=False,
-    dtype="float32",
+    compute=dict(dtype="float32", scan_layers=False, remat=False, logit_columns=None),
   )
 
 

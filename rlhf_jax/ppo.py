@@ -166,19 +166,19 @@ def loss(
   if seen.stream is not None:
     sequences = seen.stream
   temperature, stem = config.rollout.sampling.temperature, learner.stem_blocks
-  logits = likelihood.response_logits(learner.policy, policy, sequences, mask, R, stem)
-  logprobs = likelihood.token_logprobs(logits, seen.responses, temperature)
+  of = likelihood.of_responses(
+    learner.policy, policy, sequences, mask, seen.responses, temperature, stem
+  )
   pg_loss, pg_metrics = surrogate.policy_loss(
-    logprobs, seen.logprobs, batch.advantages, seen.mask, cliprange=config.cliprange
+    of.logprobs, seen.logprobs, batch.advantages, seen.mask, cliprange=config.cliprange
   )
   values = rollout.response_values(learner.scalar, critic, sequences, mask, R, stem)
   vf_loss, vf_metrics = surrogate.value_loss(
     values, seen.values, batch.returns, seen.mask, cliprange=config.value_cliprange
   )
-  entropy = likelihood.entropy(jax.lax.stop_gradient(logits), temperature)
   metrics = pg_metrics | vf_metrics
   metrics |= {
-    "policy/entropy": masked.mean(entropy, seen.mask),
+    "policy/entropy": masked.mean(of.entropy, seen.mask),
     "loss/policy": pg_loss,
     "loss/value": vf_loss,
   }

@@ -68,11 +68,12 @@ def score(
   stream = None
   if stem_blocks:
     layout = heads.layout(mask)
-    reference = {"params": judges.reference}
-    stream = policy.apply(reference, sequences, *layout, stem_blocks, method="stem")
+    stem = {"params": judges.reference}
+    stream = policy.apply(stem, sequences, *layout, stem_blocks, method="stem")
   inputs = sequences if stream is None else stream
-  logits = likelihood.response_logits(policy, judges.reference, inputs, mask, R, stem_blocks)
-  ref_logprobs = likelihood.token_logprobs(logits, completion.tokens, temperature)
+  reference = likelihood.of_responses(
+    policy, judges.reference, inputs, mask, completion.tokens, temperature, stem_blocks
+  )
   values = response_values(scalar, critic, inputs, mask, R, stem_blocks)
   live = completion.mask > 0
   return Rollout(
@@ -81,7 +82,7 @@ def score(
     responses=completion.tokens,
     mask=completion.mask,
     logprobs=completion.logprobs,
-    ref_logprobs=jnp.where(live, ref_logprobs, 0.0),
+    ref_logprobs=jnp.where(live, reference.logprobs, 0.0),
     values=jnp.where(live, values, 0.0),
     scores=score_sequences(scalar, judges.reward, inputs, mask, stem_blocks),
     finished=completion.finished,

@@ -58,14 +58,13 @@ def loss(policy: heads.Policy, params: Params, batch: TokenBatch) -> tuple[jax.A
   A token is a target where its `loss_mask` is set and the token before it belongs to the same
   document. The mean is over tokens, not over rows: long answers weigh as many tokens as they have.
   """
-  logits = policy.apply({"params": params}, batch.tokens, batch.positions, batch.segments)
-  logits, targets = logits[:, :-1], batch.tokens[:, 1:]
+  inputs = (batch.tokens, batch.positions, batch.segments)
+  hidden, _ = policy.apply({"params": params}, *inputs, method="hidden")
   same_document = batch.segments[:, 1:] == batch.segments[:, :-1]
   mask = batch.loss_mask[:, 1:] * same_document
-  nll = -likelihood.token_logprobs(logits, targets, temperature=1.0)
-  correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-  metrics = {"accuracy": masked.mean(correct, mask), "tokens": jnp.sum(mask)}
-  return masked.mean(nll, mask), metrics
+  of = likelihood.of_tokens(policy, params, hidden[:, :-1], batch.tokens[:, 1:], temperature=1.0)
+  metrics = {"accuracy": masked.mean(of.likeliest, mask), "tokens": jnp.sum(mask)}
+  return -masked.mean(of.logprobs, mask), metrics
 
 
 def step(

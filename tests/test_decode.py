@@ -45,7 +45,8 @@ def fresh_logits(params, prompts, completion):
   """Logits [B, R, V] of one forward pass over the finished rows."""
   sequences = jnp.concatenate([prompts.tokens, completion.tokens], axis=1)
   mask = jnp.concatenate([prompts.mask, completion.mask], axis=1)
-  return likelihood.response_logits(tiny.POLICY, params, sequences, mask, R)
+  logits = tiny.POLICY.apply({"params": params}, sequences, *heads.layout(mask))
+  return logits[:, P - 1 : -1]
 
 
 def assert_same(completion, expected, rows=slice(None)):
@@ -138,7 +139,7 @@ def test_a_row_does_not_depend_on_the_batch_size(params, sampled):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_several_samples_of_a_prompt_are_those_of_as_many_copies_of_it(scan_layers):
-  policy = heads.Policy(tiny.changed(tiny.MODEL, scan_layers=scan_layers))
+  policy = heads.Policy(tiny.changed(tiny.MODEL, compute__scan_layers=scan_layers))
   params = tiny.params(policy, 0)
   generate = functools.partial(
     decode.generate, policy, config=SAMPLING, stop_ids=STOPS, pad_id=tiny.PAD

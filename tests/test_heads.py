@@ -1,6 +1,7 @@
 """Heads on the trunk: how they start, where they are read, and token likelihoods."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -165,15 +166,61 @@ def test_logprobs_of_huge_logits_are_finite_with_finite_gradients():
 
 
 @pytest.mark.conformance("A31")
-def test_response_logits_are_those_of_the_column_before_each_response_token(policy_params):
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_responses_are_scored_by_the_column_before_each_token(policy_params, temperature):
   P, R = 4, 3
   tokens = tiny.random_tokens((2, P + R), 0)
   mask = jnp.ones((2, P + R))
   whole = jax.jit(tiny.POLICY.apply)({"params": policy_params}, tokens, *heads.layout(mask))
-  got = jax.jit(lambda params: likelihood.response_logits(tiny.POLICY, params, tokens, mask, R))(
-    policy_params
+  logits, responses = whole[:, P - 1 : -1], tokens[:, P:]
+  of = jax.jit(functools.partial(likelihood.of_responses, tiny.POLICY, temperature=temperature))
+  got = of(policy_params, tokens, mask, responses)
+  expected = likelihood.token_logprobs(logits, responses, temperature)
+  np.testing.assert_allclose(got.logprobs, expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    got.entropy, likelihood.entropy(logits, temperature), rtol=1e-4, atol=1e-5
   )
-  np.testing.assert_allclose(got, whole[:, P - 1 : -1], rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(got.likeliest, np.argmax(logits, axis=-1) == responses)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("columns", [1, 3, 4, 99])
+def test_logits_a_few_columns_at_a_time_change_neither_likelihoods_nor_gradients(columns, tied):
+  whole = heads.Policy(tiny.changed(tiny.MODEL, tie_embeddings=tied))
+  few = heads.Policy(tiny.changed(whole.config, compute__logit_columns=columns))
+  params = tiny.params(whole, 0)
+  hidden = np.random.default_rng(0).normal(size=(2, 8, tiny.MODEL.d_model)).astype(np.float32)
+  tokens = tiny.random_tokens((2, 8), 1)
+  weights = np.random.default_rng(1).normal(size=(2, 8)).astype(np.float32)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(policy, params, hidden):
+    def loss(params, hidden):
+      of = likelihood.of_tokens(policy, params, hidden, tokens, 0.7)
+      return jnp.sum(weights * of.logprobs), of
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, hidden)
+
+  expected, got = run(whole, params, hidden), run(few, params, hidden)
+  tiny.assert_trees_close(got, expected, rtol=1e-4, atol=1e-5)
+  assert any(np.any(np.asarray(leaf) != 0.0) for leaf in jax.tree.leaves(got[1]))
+
+
+def test_logits_a_few_columns_at_a_time_hold_that_share_of_the_memory():
+  # 64 rows of 64 columns over a vocabulary of 8,192: the logits are 128 MiB, all else is small.
+  def peak(columns):
+    sizes = {"vocab_size": 8_192, "compute__logit_columns": columns}
+    policy = heads.Policy(tiny.changed(tiny.MODEL, **sizes))
+    params = jax.eval_shape(lambda: heads.init(policy, jax.random.key(0)))
+    hidden = jax.ShapeDtypeStruct((64, 64, tiny.MODEL.d_model), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((64, 64), jnp.int32)
+    loss = lambda *inputs: -jnp.mean(likelihood.of_tokens(policy, *inputs, 1.0).logprobs)
+    compiled = jax.jit(jax.grad(loss)).lower(params, hidden, tokens).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+  whole, few = peak(None), peak(8)
+  assert whole > 128.0
+  assert few < whole / 4
 
 
 @pytest.mark.conformance("A31")
@@ -185,8 +232,9 @@ def test_the_gradient_of_a_logprob_never_reaches_its_own_or_later_tokens(policy_
   def logprobs(embedding):
     trunk = policy_params["trunk"] | {"embed": {"embedding": embedding}}
     params = policy_params | {"trunk": trunk}
-    logits = likelihood.response_logits(tiny.POLICY, params, tokens, jnp.ones((1, P + R)), R)
-    return likelihood.token_logprobs(logits, tokens[:, P:], 1.0)[0]
+    mask = jnp.ones((1, P + R))
+    of = likelihood.of_responses(tiny.POLICY, params, tokens, mask, tokens[:, P:], 1.0)
+    return of.logprobs[0]
 
   jacobian = jax.jit(jax.jacrev(logprobs))(embedding)[:, tokens[0]]
   influence = np.asarray(jnp.any(jacobian != 0.0, axis=-1))

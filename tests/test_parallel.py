@@ -183,7 +183,7 @@ def test_a_batch_is_split_over_the_batch_axes(mesh):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_the_table_covers_whole_train_states_of_both_layouts(mesh, scan_layers):
-  config = tiny.changed(tiny.MODEL, scan_layers=scan_layers)
+  config = tiny.changed(tiny.MODEL, compute__scan_layers=scan_layers)
   policy, scalar = heads.Policy(config), heads.ScalarNetwork(config)
   learner = ppo.make_learner(policy, scalar, CONFIG, stem_blocks=0)
 

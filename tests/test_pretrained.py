@@ -11,10 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny
 
 from rlhf_jax.generation import decode, sampling
 from rlhf_jax.networks import heads, hf_layout, pretrained, transformer
-from rlhf_jax.networks.transformer import ModelConfig
+from rlhf_jax.networks.transformer import ComputeConfig, ModelConfig
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import PromptBatch, UserError
 
@@ -30,8 +31,7 @@ TINY = ModelConfig(
   rope_base=500.0,
   norm_eps=1e-5,
   tie_embeddings=False,
-  scan_layers=False,
-  dtype="float32",
+  compute=ComputeConfig(dtype="float32", scan_layers=False, remat=False, logit_columns=None),
 )
 TIED = dataclasses.replace(TINY, tie_embeddings=True)
 
@@ -46,7 +46,7 @@ def random_params(network, seed=0):
 def fields_of(config):
   """The fields that a checkpoint decides."""
   fields = dataclasses.asdict(config)
-  return {name: fields[name] for name in fields if name not in ("scan_layers", "dtype")}
+  return {name: fields[name] for name in fields if name != "compute"}
 
 
 def logits(config, params, tokens):
@@ -99,7 +99,7 @@ def test_a_second_save_writes_the_same_bytes(folder, tmp_path):
 
 def test_stacked_layers_are_saved_as_the_same_checkpoint(tmp_path, folder):
   params = random_params(heads.Policy(TINY))
-  scanned = dataclasses.replace(TINY, scan_layers=True)
+  scanned = tiny.changed(TINY, compute__scan_layers=True)
   pretrained.save_safetensors(tmp_path, scanned, pretrained.stack_layers(params))
   saved = (tmp_path / "model.safetensors").read_bytes()
   assert saved == (folder / "model.safetensors").read_bytes()
@@ -107,7 +107,7 @@ def test_stacked_layers_are_saved_as_the_same_checkpoint(tmp_path, folder):
 
 
 def test_stacked_and_unstacked_layers_compute_the_same_logits():
-  scanned = dataclasses.replace(TINY, scan_layers=True)
+  scanned = tiny.changed(TINY, compute__scan_layers=True)
   params = jax.tree.map(lambda leaf: 0.1 * leaf, random_params(heads.Policy(TINY)))
   tokens = np.arange(14).reshape(2, 7)
   np.testing.assert_allclose(
@@ -574,7 +574,7 @@ def test_stories260k_tells_the_story_that_its_authors_print(weights_folder):
     pytest.skip(f"stories260K.bin is not under {weights_folder}")
   fields, params = pretrained.load(path)
   tokenizer = Tokenizer.load(path.parent / "tok512.bin")
-  policy = heads.Policy(ModelConfig(**fields, scan_layers=False, dtype="float32"))
+  policy = heads.Policy(ModelConfig(**fields, compute=hf_layout.COMPUTE))
   greedy = sampling.SamplingConfig(max_new_tokens=155, temperature=0.0, top_k=0, top_p=1.0)
   prompt = PromptBatch(jnp.full((1, 1), tokenizer.bos_id), jnp.ones((1, 1)))
   tell = jax.jit(

@@ -179,7 +179,7 @@ def test_reading_through_the_cache_equals_reading_at_once(params):
 @pytest.fixture(scope="module")
 def scanned(params):
   """The same network with its layers under one scan, and its parameters, converted."""
-  network = Transformer(dataclasses.replace(tiny.MODEL, scan_layers=True))
+  network = Transformer(tiny.changed(tiny.MODEL, compute__scan_layers=True))
   return network, pretrained.stack_layers({"trunk": params})["trunk"]
 
 
@@ -215,7 +215,7 @@ def test_the_stem_and_the_blocks_after_it_equal_the_whole(params, blocks):
 
 
 def test_bfloat16_activations_are_close_and_parameters_stay_float32(params):
-  network = Transformer(dataclasses.replace(tiny.MODEL, dtype="bfloat16"))
+  network = Transformer(tiny.changed(tiny.MODEL, compute__dtype="bfloat16"))
   tokens = tiny.random_tokens((B, T), 9)
   got, _ = run_cached(network, params, tokens, *plain(tokens), None)
   exact = run(params, tokens, *plain(tokens))
@@ -258,6 +258,36 @@ def test_rotary_angles_make_scores_depend_on_distance_alone():
   np.testing.assert_allclose(score(7, 4), score(103, 100), rtol=1e-4)
   np.testing.assert_allclose(score(5, 5), np.sum(query * key), rtol=1e-5)
   assert abs(score(7, 4) - score(4, 7)) > 1e-3
+
+
+# Rematerialisation.
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_recomputing_blocks_changes_no_gradient_and_saves_memory(scan_layers):
+  """Eight layers: what is kept between the passes is the stream, not what blocks do inside."""
+  sizes = {"n_layers": 8, "d_model": 32, "d_ff": 256, "compute__scan_layers": scan_layers}
+  tokens = tiny.random_tokens((4, 64), 8)
+
+  def network(remat):
+    return Transformer(tiny.changed(tiny.MODEL, compute__remat=remat, **sizes))
+
+  def compiled(remat):
+    def loss(params):
+      hidden, _ = network(remat).apply({"params": params}, tokens, *plain(tokens))
+      return jnp.mean(jnp.square(hidden[:, ::7]))
+
+    return jax.jit(jax.grad(loss)).lower(params).compile()
+
+  blank = jnp.zeros((1, 2), jnp.int32)
+  init = lambda remat: network(remat).init(jax.random.key(0), blank, blank, blank)["params"]
+  params = init(False)
+  assert jax.tree.map(jnp.shape, init(True)) == jax.tree.map(jnp.shape, params)
+  plainly, again = compiled(False), compiled(True)
+  tiny.assert_trees_close(again(params), plainly(params), rtol=1e-3, atol=1e-6)
+  if scan_layers:  # the CPU compiler orders unrolled blocks as it likes, and may keep all of them
+    held = lambda program: program.memory_analysis().temp_size_in_bytes
+    assert held(again) < held(plainly) / 2
 
 
 def test_a_config_with_uneven_heads_or_odd_head_width_is_refused():

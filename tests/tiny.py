@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_jax import ppo, rollout
 from rlhf_jax.generation.sampling import SamplingConfig
 from rlhf_jax.networks import heads
-from rlhf_jax.networks.transformer import ModelConfig
+from rlhf_jax.networks.transformer import ComputeConfig, ModelConfig
 from rlhf_jax.training.optim import OptimConfig
 from rlhf_jax.types import PromptBatch
 
@@ -29,8 +29,7 @@ MODEL = ModelConfig(
   rope_base=100.0,
   norm_eps=1e-5,
   tie_embeddings=False,
-  scan_layers=False,
-  dtype="float32",
+  compute=ComputeConfig(dtype="float32", scan_layers=False, remat=False, logit_columns=None),
 )
 POLICY = heads.Policy(MODEL)
 SCALAR = heads.ScalarNetwork(MODEL)

@@ -27,7 +27,7 @@ class Policy(nn.Module):
       self.lm_head = nn.Dense(
         self.config.vocab_size,
         use_bias=False,
-        dtype=self.config.dtype,
+        dtype=self.config.compute.dtype,
         kernel_init=nn.initializers.normal(0.02),
       )
 
@@ -91,7 +91,7 @@ def shared_stem(config: ModelConfig, trunks: Sequence[Params], frozen: Params) -
   (`Transformer.stem`), which changes no number. `frozen` is the part of a trunk that stays as it
   is. 0 where the embedding trains, or where layers are scanned and so have no names.
   """
-  if config.scan_layers:
+  if config.compute.scan_layers:
     return 0
   first, *others = trunks
 

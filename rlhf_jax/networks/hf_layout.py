@@ -10,6 +10,7 @@ ours is [in, out], with the heads as axes of their own:
   mlp/gate/kernel [D, F]        model.layers.i.mlp.gate_proj.weight       [F, D]
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import numpy as np
 
 from rlhf_jax import config as config_lib
 from rlhf_jax.networks import heads
-from rlhf_jax.networks.transformer import ModelConfig
+from rlhf_jax.networks.transformer import ComputeConfig, ModelConfig
 from rlhf_jax.types import Params, UserError
 
 Shape = tuple[int, ...]
@@ -44,6 +45,8 @@ LAYER = {
   "mlp/up/kernel": "mlp.up_proj.weight",
   "mlp/down/kernel": "mlp.down_proj.weight",
 }
+# Checkpoints name their tensors layer by layer, so they are read into a network of this kind.
+COMPUTE = ComputeConfig(dtype="float32", scan_layers=False, remat=False, logit_columns=None)
 MOST_NAMED = 6  # tensors listed in one message; a wrong file differs in hundreds
 
 
@@ -116,7 +119,7 @@ def assemble(source: Source) -> Params:
     UserError: sizes that contradict each other; a tensor that is missing, that no network has, or
       that has another shape; a second, different head where the head is tied.
   """
-  sections = {**source.fields, "scan_layers": False, "dtype": "float32"}
+  sections = {**source.fields, "compute": dataclasses.asdict(COMPUTE)}
   config = config_lib.build(ModelConfig, sections, source.where)
   stored = dict(source.shapes)
   second_head = stored.pop("lm_head.weight", None) if config.tie_embeddings else None

@@ -1,10 +1,20 @@
 """Log-probabilities and entropies of given tokens under a policy, in nats."""
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.networks import heads
 from rlhf_jax.types import Params
+
+
+@flax.struct.dataclass
+class Likelihood:
+  """What a policy makes of tokens [B, T] that it has not read yet, each [B, T] float32."""
+
+  logprobs: jax.Array  # of the tokens
+  entropy: jax.Array  # of the distributions that they are taken from; without a gradient
+  likeliest: jax.Array  # 1 where no token is likelier
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, temperature: float) -> jax.Array:
@@ -20,31 +30,64 @@ def entropy(logits: jax.Array, temperature: float) -> jax.Array:
   return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
 
-def response_logits(
+def of_tokens(
+  policy: heads.Policy, params: Params, hidden: jax.Array, tokens: jax.Array, temperature: float
+) -> Likelihood:
+  """The likelihood of tokens [B, T], each after the hidden state [B, T, D] of the column before.
+
+  Logits are the largest arrays of a language model. With `logit_columns` C in the policy's config,
+  no more than [B, C, V] of them exist at a time; the backward pass computes them anew.
+  """
+
+  def look(hidden: jax.Array, tokens: jax.Array) -> Likelihood:
+    logits = policy.apply({"params": params}, hidden, method="logits")
+    return Likelihood(
+      logprobs=token_logprobs(logits, tokens, temperature),
+      entropy=entropy(jax.lax.stop_gradient(logits), temperature),
+      likeliest=(jnp.argmax(logits, axis=-1) == tokens).astype(jnp.float32),
+    )
+
+  T, C = tokens.shape[1], policy.config.compute.logit_columns
+  if C is None or C >= T:
+    return look(hidden, tokens)
+  pieces = -(-T // C)
+
+  def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] to [pieces, B, C, ...]
+    x = jnp.pad(x, ((0, 0), (0, pieces * C - T), *((0, 0),) * (x.ndim - 2)))
+    return x.reshape(x.shape[0], pieces, C, *x.shape[2:]).swapaxes(0, 1)
+
+  join = lambda x: x.swapaxes(0, 1).reshape(x.shape[1], pieces * C)[:, :T]
+  looks = jax.lax.map(lambda piece: jax.checkpoint(look)(*piece), (cut(hidden), cut(tokens)))
+  return jax.tree.map(join, looks)
+
+
+def of_responses(
   policy: heads.Policy,
   params: Params,
   sequences: jax.Array,
   mask: jax.Array,
-  response_length: int,
+  responses: jax.Array,
+  temperature: float,
   first_block: int = 0,
-) -> jax.Array:
-  """Logits [B, R, V] that predicted the last R tokens of B rows.
+) -> Likelihood:
+  """The likelihood of the last R tokens of B rows.
 
-  The logits at column t - 1 score the token at t, so the slice is [P - 1, T - 1). The head is
-  applied to these columns only.
+  The hidden state at column t - 1 scores the token at t, so the slice is [P - 1, T - 1). The head
+  is applied to these columns only.
 
   Args:
     policy: the network.
     params: its parameters.
     sequences: [B, T] ids, or their stream [B, T, D] after the first `first_block` blocks.
     mask: [B, T], 1 on real tokens.
-    response_length: R.
+    responses: [B, R] ids, the last columns of the rows.
+    temperature: of the distribution that they were drawn from.
     first_block: see `heads.shared_stem`.
   """
   positions, segments = heads.layout(mask)
   hidden, _ = policy.apply(
     {"params": params}, sequences, positions, segments, None, first_block, method="hidden"
   )
-  start = mask.shape[1] - response_length - 1
-  hidden = hidden[:, start : start + response_length]
-  return policy.apply({"params": params}, hidden, method="logits")
+  R = responses.shape[1]
+  start = mask.shape[1] - R - 1
+  return of_tokens(policy, params, hidden[:, start : start + R], responses, temperature)

@@ -28,9 +28,9 @@ def load(path: str | pathlib.Path) -> tuple[dict[str, Any], Params]:
     path: a folder with config.json and *.safetensors, a .gguf file, or a llama2.c .bin file.
 
   Returns:
-    The fields of ModelConfig that the checkpoint decides (all but `scan_layers` and `dtype`), and
-    the parameters, float32, one subtree a layer: those of a `Policy`, or of a `ScalarNetwork` where
-    the checkpoint has a score head.
+    The fields of ModelConfig that the checkpoint decides (all but `compute`), and the parameters,
+    float32, one subtree a layer: those of a `Policy`, or of a `ScalarNetwork` where the checkpoint
+    has a score head.
 
   Raises:
     UserError: nothing readable at `path`, tensors that are missing, unknown or of another shape,
@@ -60,7 +60,7 @@ def load_as(config: ModelConfig, path: str | pathlib.Path) -> Params:
       "to the checkpoint's values, or choose another checkpoint."
     )
   params = hf_layout.assemble(source)
-  return stack_layers(params) if config.scan_layers else params
+  return stack_layers(params) if config.compute.scan_layers else params
 
 
 def save_safetensors(
@@ -92,7 +92,8 @@ def save_safetensors(
   if "score.bias" in tensors and not np.any(tensors["score.bias"]):
     del tensors["score.bias"]
   unread = {name: array.shape for name, array in tensors.items()}
-  hf_layout.check_tensors(str(folder), dataclasses.replace(config, scan_layers=False), unread)
+  layered = dataclasses.replace(config, compute=hf_layout.COMPUTE)
+  hf_layout.check_tensors(str(folder), layered, unread)
   safetensors_file.write_folder(pathlib.Path(folder).expanduser(), config, tensors, extra)
 
 

@@ -23,6 +23,16 @@ MASKED = -1e30  # finite, so that a row of padding yields finite (unused) number
 
 
 @dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+  """How a network is computed: what trades memory, time and rounding, and changes nothing else."""
+
+  dtype: Literal["float32", "bfloat16"]  # of activations; parameters are always float32
+  scan_layers: bool  # one compiled layer under lax.scan: compiles fast when deep, decodes slower
+  remat: bool  # the backward pass keeps the stream between blocks, and computes the rest again
+  logit_columns: PositiveInt | None  # of a row, whose logits a loss holds at once; None: all
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """Sizes of a decoder; letters as in `types.py`."""
 
@@ -36,8 +46,7 @@ class ModelConfig:
   rope_base: Positive  # base of the rotary frequencies
   norm_eps: Positive  # epsilon inside RMSNorm
   tie_embeddings: bool  # the language-model head is the transposed embedding
-  scan_layers: bool  # one compiled layer under lax.scan: compiles fast when deep, decodes slower
-  dtype: Literal["float32", "bfloat16"]  # of activations; parameters are always float32
+  compute: ComputeConfig
 
   def __post_init__(self):
     if self.n_heads % self.n_kv_heads:
@@ -64,10 +73,10 @@ class KVCache:
   def empty(cls, config: ModelConfig, batch: int, length: int) -> "KVCache":
     """A cache with room for `length` tokens in each of `batch` rows."""
     shape = (batch, config.n_kv_heads, length, config.head_dim)
-    if config.scan_layers:
-      layers = lambda: jnp.zeros((config.n_layers, *shape), config.dtype)
+    if config.compute.scan_layers:
+      layers = lambda: jnp.zeros((config.n_layers, *shape), config.compute.dtype)
     else:
-      layers = lambda: tuple(jnp.zeros(shape, config.dtype) for _ in range(config.n_layers))
+      layers = lambda: tuple(jnp.zeros(shape, config.compute.dtype) for _ in range(config.n_layers))
     return cls(layers(), layers(), jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
 
   def repeat(self, times: int) -> "KVCache":
@@ -150,7 +159,7 @@ class Attention(nn.Module):
   def __call__(self, x, layer_cache, index, mask, angles):
     c = self.config
     project = lambda name, heads: nn.DenseGeneral(
-      (heads, c.head_dim), use_bias=False, dtype=c.dtype, kernel_init=_normal(), name=name
+      (heads, c.head_dim), use_bias=False, dtype=c.compute.dtype, kernel_init=_normal(), name=name
     )(x)
     query = rotate(project("query", c.n_heads), *angles)
     key = rotate(project("key", c.n_kv_heads), *angles).swapaxes(1, 2)
@@ -167,7 +176,7 @@ class Attention(nn.Module):
       c.d_model,
       axis=(-2, -1),
       use_bias=False,
-      dtype=c.dtype,
+      dtype=c.compute.dtype,
       kernel_init=_normal(c.n_layers),
       name="out",
     )(mixed)
@@ -183,7 +192,7 @@ class MLP(nn.Module):
   def __call__(self, x):
     c = self.config
     dense = lambda name, size, init: nn.Dense(
-      size, use_bias=False, dtype=c.dtype, kernel_init=init, name=name
+      size, use_bias=False, dtype=c.compute.dtype, kernel_init=init, name=name
     )
     # As one matrix of tokens: XLA's CPU backward pass is a seventh faster than on [B, T, D].
     tokens = x.reshape(-1, c.d_model)
@@ -213,10 +222,12 @@ class Transformer(nn.Module):
 
   def setup(self):
     c = self.config
-    self.embed = nn.Embed(c.vocab_size, c.d_model, dtype=c.dtype, embedding_init=_normal())
-    if c.scan_layers:
+    self.embed = nn.Embed(c.vocab_size, c.d_model, dtype=c.compute.dtype, embedding_init=_normal())
+    # Under a scan nothing but the scan could merge the two computations of a block.
+    block = nn.remat(Block, prevent_cse=not c.compute.scan_layers) if c.compute.remat else Block
+    if c.compute.scan_layers:
       scanned = nn.scan(
-        Block,
+        block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -224,7 +235,7 @@ class Transformer(nn.Module):
       )
       self.blocks = scanned(c)
     else:
-      self.blocks = [Block(c, name=f"block_{i}") for i in range(c.n_layers)]
+      self.blocks = [block(c, name=f"block_{i}") for i in range(c.n_layers)]
     self.final_norm = RMSNorm(c.norm_eps)
 
   def __call__(
@@ -272,7 +283,7 @@ class Transformer(nn.Module):
   def _layers(self, x, cache, mask, angles, first, stop):
     """Blocks first .. stop - 1 in turn; returns the stream and their updated keys and values."""
     index = None if cache is None else cache.index
-    if self.config.scan_layers:
+    if self.config.compute.scan_layers:
       layer_caches = None if cache is None else (cache.keys, cache.values)
       return self.blocks(x, layer_caches, index, mask, angles)
     updated = []

@@ -63,7 +63,7 @@ def import_llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     model.save_pretrained(folder)
     fields, params = pretrained.load(folder)
-    return ModelConfig(**fields, scan_layers=False, dtype="float32"), params
+    return ModelConfig(**fields, compute=hf_layout.COMPUTE), params
 
   return read
 

@@ -127,7 +127,8 @@ def test_gradients_of_the_language_model_loss(
   config, params = import_llama(model)
   model(torch.tensor(tokens), labels=torch.tensor(tokens)).loss.backward()
   if scan_layers:
-    config = dataclasses.replace(config, scan_layers=True)
+    compute = dataclasses.replace(config.compute, scan_layers=True)
+    config = dataclasses.replace(config, compute=compute)
     params = pretrained.stack_layers(params)
 
   @jax.jit

@@ -135,8 +135,8 @@ def our_iteration(import_llama, models, rows, whiten_rewards):
   def iterate(state, judges):
     sequences = jnp.concatenate([prompts.tokens, responses], axis=1)
     mask = jnp.concatenate([prompts.mask, ones], axis=1)
-    logits = likelihood.response_logits(policy, state.policy, sequences, mask, R)
-    logprobs = likelihood.token_logprobs(logits, responses, TEMPERATURE)
+    of = likelihood.of_responses(policy, state.policy, sequences, mask, responses, TEMPERATURE)
+    logprobs = of.logprobs
     completion = Completion(responses, ones, logprobs, finished=jnp.zeros((B,)))
     whole = optim.merge(state.critic, bias)
     seen = rollout.score(

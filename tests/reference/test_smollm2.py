@@ -3,6 +3,7 @@
 transformers reads the same file with its own code and runs it in PyTorch.
 """
 
+import dataclasses
 import os
 import pathlib
 
@@ -61,7 +62,8 @@ def theirs(path):
 def ours(path):
   """The policy and its parameters."""
   fields, params = pretrained.load(path)
-  config = ModelConfig(**fields, scan_layers=True, dtype="float32")
+  compute = dataclasses.replace(hf_layout.COMPUTE, scan_layers=True)
+  config = ModelConfig(**fields, compute=compute)
   return heads.Policy(config), jax.tree.map(jnp.asarray, pretrained.stack_layers(params))
 
 
