@@ -114,6 +114,7 @@ def common() -> ConfigDict:
   config.sft = dict(
     num_steps=1,
     batch_size=1,
+    micro_batches=1,
     sequence_length=1,
     supervise="all",
     pretraining_share=0.1,  # InstructGPT, appendix C.3
@@ -151,6 +152,7 @@ def common() -> ConfigDict:
     max_train=None,
     max_heldout=64,
     batch_size=1,  # rows
+    micro_batches=1,
     max_prompts=2,
     max_responses=4,
     sequence_length=1,

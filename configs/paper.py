@@ -35,6 +35,7 @@ def instructgpt() -> ConfigDict:
     # The policy that PPO starts from (IG C.3), not the SFT baseline of 16 epochs at 9.65e-6 (C.1).
     num_steps=903,  # 2 epochs of 13k prompts at batch 32, beside the pretraining rows
     batch_size=32,
+    micro_batches=1,
     sequence_length=2_048,  # IG: prompt and response of at most 1k tokens each
     supervise="all",
     pretraining_share=0.1,
@@ -79,6 +80,7 @@ def nplus() -> ConfigDict:
   config.sft = dict(
     num_steps=912,  # N+: one epoch of 116,722 episodes
     batch_size=128,  # N+
+    micro_batches=1,
     sequence_length=1_024,
     supervise="last",
     pretraining_share=0.0,
@@ -191,6 +193,7 @@ def reward(
     max_train=None,
     max_heldout=None,
     batch_size=64,  # prompts, one to a row
+    micro_batches=1,
     max_prompts=1,
     max_responses=4,
     sequence_length=sequence_length,

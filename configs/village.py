@@ -33,6 +33,7 @@ def standard() -> ConfigDict:
   config.sft = dict(
     num_steps=1_600,
     batch_size=16,  # rows
+    micro_batches=1,
     sequence_length=72,  # tokens; dialogues are packed
     supervise="last",  # earlier turns hold mistakes on purpose
     pretraining_share=0.0,
@@ -70,6 +71,7 @@ def standard() -> ConfigDict:
     max_train=None,
     max_heldout=None,
     batch_size=8,  # rows of about 2.5 prompts each
+    micro_batches=1,
     max_prompts=4,
     max_responses=4,
     sequence_length=140,  # a prompt and four answers

@@ -194,9 +194,12 @@ def check_batches(config: ExperimentConfig, mesh: Mesh) -> None:
   """Raises a UserError for a batch that the mesh cannot split."""
   minibatch = config.ppo.rollout.batch_size // config.ppo.minibatches
   for name, size in (
-    ("sft.batch_size", config.sft.batch_size),
+    ("sft.batch_size / sft.micro_batches", config.sft.batch_size // config.sft.micro_batches),
     ("comparisons.batch_size", config.comparisons.batch_size),
-    ("reward.batch_size", config.reward.batch_size),
+    (
+      "reward.batch_size / reward.micro_batches",
+      config.reward.batch_size // config.reward.micro_batches,
+    ),
     ("ppo.rollout.batch_size / ppo.minibatches", minibatch),
   ):
     mesh_lib.check_batch(mesh, size, name)

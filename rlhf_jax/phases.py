@@ -36,7 +36,9 @@ def supervise(run: Run, directory: pathlib.Path) -> Params:
   optimizer = optim.make(config.optim, config.num_steps)
   state = rules.place(sft.init(trainable, optimizer), run.mesh)
   abstract = rules.abstract(state, run.mesh)
-  step = functools.partial(sft.step, policy=run.policy, optimizer=optimizer)
+  step = functools.partial(
+    sft.step, policy=run.policy, optimizer=optimizer, micro_batches=config.micro_batches
+  )
   step = rules.compile_step(step, state, run.mesh)
   make_rows = functools.partial(feeds.demonstration_rows, run, config.sequence_length, pack=True)
   sources = run.data.mixture(Demonstration, "train", make_rows)
@@ -119,7 +121,9 @@ def fit_reward(
   trainable, frozen = optim.split(rules.place(params, run.mesh), config.frozen)
   optimizer = optim.make(config.optim, num_steps)
   state = rules.place(reward.init(trainable, optimizer), run.mesh)
-  step = functools.partial(reward.step, network=run.scalar, optimizer=optimizer)
+  step = functools.partial(
+    reward.step, network=run.scalar, optimizer=optimizer, micro_batches=config.micro_batches
+  )
   step = rules.compile_step(step, state, run.mesh)
   evaluate_batch = functools.partial(reward.evaluate, run.scalar)
   measure = feeds.summed(run, evaluate_batch, make_rows(heldout), config.batch_size)

@@ -22,7 +22,7 @@ import optax
 from rlhf_jax import masked
 from rlhf_jax.config import PositiveInt
 from rlhf_jax.networks import heads
-from rlhf_jax.training import optim
+from rlhf_jax.training import accumulate, optim
 from rlhf_jax.types import Metrics, Params, RankingBatch
 
 CALIBRATION_BINS = 10
@@ -36,12 +36,16 @@ class RewardConfig:
   max_train: PositiveInt | None  # comparisons to train on, drawn at random; None: all
   max_heldout: PositiveInt | None  # comparisons to measure on; None: all
   batch_size: PositiveInt  # rows a step
+  micro_batches: PositiveInt  # parts that the batch goes through the network in, to save memory
   max_prompts: PositiveInt  # M, prompts a row; 1 makes batch_size a number of prompts
   max_responses: PositiveInt  # K, slots a prompt
   sequence_length: PositiveInt  # tokens a row; prompts are packed with all their answers
   eval_every: PositiveInt  # steps between held-out figures and checkpoints
   frozen: tuple[str, ...]  # regexes over parameter paths that stay as they are
   optim: optim.OptimConfig
+
+  def __post_init__(self):
+    accumulate.check("reward", self.batch_size, self.micro_batches)
 
 
 @flax.struct.dataclass
@@ -127,19 +131,26 @@ def step(
   *,
   network: heads.ScalarNetwork,
   optimizer: optax.GradientTransformation,
+  micro_batches: int,
 ) -> tuple[RewardState, Metrics]:
   """One optimiser step."""
-  objective = lambda params: loss(network, optim.merge(params, frozen), batch)
-  (value, scores), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+
+  def objective(params: Params, part: RankingBatch):
+    value, scores = loss(network, optim.merge(params, frozen), part)
+    sums = count_pairs(scores, part) | count_scores(scores, part)
+    return value, (sums["prompts"], sums)
+
+  value, sums, grads = accumulate.value_and_grad(objective, state.params, batch, micro_batches)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  counts = count_pairs(scores, batch)
+  mean = sums["scores"] / jnp.maximum(sums["answers"], 1.0)
+  variance = sums["squares"] / jnp.maximum(sums["answers"], 1.0) - jnp.square(mean)
   metrics = {
     "reward/loss": value,
-    "reward/accuracy": counts["correct"] / jnp.maximum(counts["pairs"], 1.0),
-    "reward/prompts": jnp.sum(has_pair(batch)),
-    "reward/score_mean": masked.mean(scores, batch.valid),
-    "reward/score_std": jnp.sqrt(masked.variance(scores, batch.valid)),
+    "reward/accuracy": sums["correct"] / jnp.maximum(sums["pairs"], 1.0),
+    "reward/prompts": sums["prompts"],
+    "reward/score_mean": mean,
+    "reward/score_std": jnp.sqrt(jnp.maximum(variance, 0.0)),
     "reward/grad_norm": optax.tree.norm(grads),
   }
   return RewardState(state.step + 1, params, opt_state), metrics
@@ -156,6 +167,16 @@ def count_pairs(scores: jax.Array, batch: RankingBatch) -> Metrics:
     "pairs": jnp.sum(mask),
     "correct": masked.total(above(scores), mask),
     "longer_correct": masked.total(above(batch.lengths), mask),
+  }
+
+
+def count_scores(scores: jax.Array, batch: RankingBatch) -> Metrics:
+  """Prompts that teach something, answers, and the sums of their scores and squared scores."""
+  return {
+    "prompts": jnp.sum(has_pair(batch)).astype(jnp.float32),
+    "answers": jnp.sum(batch.valid),
+    "scores": masked.total(scores, batch.valid),
+    "squares": masked.total(jnp.square(scores), batch.valid),
   }
 
 

@@ -17,7 +17,7 @@ import optax
 from rlhf_jax import masked
 from rlhf_jax.config import PositiveInt, Range
 from rlhf_jax.networks import heads, likelihood
-from rlhf_jax.training import optim
+from rlhf_jax.training import accumulate, optim
 from rlhf_jax.types import Metrics, Params, TokenBatch
 
 
@@ -27,6 +27,7 @@ class SFTConfig:
 
   num_steps: PositiveInt
   batch_size: PositiveInt  # rows of sequence_length tokens a step
+  micro_batches: PositiveInt  # parts that the batch goes through the network in, to save memory
   sequence_length: PositiveInt  # tokens
   supervise: Literal["all", "last"]  # assistant messages that carry loss
   # Share of the rows that hold pretraining text (Ouyang et al. 2022, appendix C.3: 0.1).
@@ -36,6 +37,9 @@ class SFTConfig:
   eval_every: PositiveInt  # steps between held-out losses, each with a checkpoint
   frozen: tuple[str, ...]  # regexes over parameter paths that stay as they are
   optim: optim.OptimConfig
+
+  def __post_init__(self):
+    accumulate.check("sft", self.batch_size, self.micro_batches)
 
 
 @flax.struct.dataclass
@@ -74,16 +78,22 @@ def step(
   *,
   policy: heads.Policy,
   optimizer: optax.GradientTransformation,
+  micro_batches: int,
 ) -> tuple[SFTState, Metrics]:
   """One optimiser step."""
-  objective = lambda params: loss(policy, optim.merge(params, frozen), batch)
-  (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+
+  def objective(params: Params, part: TokenBatch):
+    value, figures = loss(policy, optim.merge(params, frozen), part)
+    tokens = figures["tokens"]
+    return value, (tokens, {"correct": figures["accuracy"] * tokens, "tokens": tokens})
+
+  value, sums, grads = accumulate.value_and_grad(objective, state.params, batch, micro_batches)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = {
     "sft/loss": value,
-    "sft/accuracy": metrics["accuracy"],
-    "sft/tokens": metrics["tokens"],
+    "sft/accuracy": sums["correct"] / jnp.maximum(sums["tokens"], 1.0),
+    "sft/tokens": sums["tokens"],
     "sft/grad_norm": optax.tree.norm(grads),
   }
   return SFTState(state.step + 1, params, opt_state), metrics

@@ -1,5 +1,6 @@
 """One device and eight give the same numbers; what does not divide is an error that says so."""
 
+import functools
 import re
 
 import jax
@@ -94,8 +95,9 @@ def sft_start(networks):
   return sft.init(jax.tree.map(jnp.copy, networks["policy"]), optimizer), batch
 
 
-def sft_step(state, batch):
-  return sft.step(state, batch, {}, policy=POLICY, optimizer=optim.make(OPTIM, 10))
+def sft_step(state, batch, micro_batches=1):
+  optimizer = optim.make(OPTIM, 10)
+  return sft.step(state, batch, {}, policy=POLICY, optimizer=optimizer, micro_batches=micro_batches)
 
 
 def ppo_start(networks):
@@ -115,10 +117,14 @@ def assert_close(got, expected):
   tiny.assert_trees_close(raw(got), raw(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_a_step_of_sft_is_the_same_on_one_device_and_on_eight(networks, mesh, on_one_device):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_step_of_sft_is_the_same_on_one_device_and_on_eight(
+  networks, mesh, on_one_device, micro_batches
+):
   state, batch = sft_start(networks)
   state = rules.place(state, mesh)
-  step = rules.compile_step(sft_step, state, mesh)
+  step = functools.partial(sft_step, micro_batches=micro_batches)
+  step = rules.compile_step(step, state, mesh)
   state, metrics = step(state, mesh_lib.put_batch(mesh, batch))
   assert_split(state.params, mesh)
   assert_close((state, metrics), on_one_device[0])

@@ -276,7 +276,7 @@ def learning(params):
   """The compiled step, the first state and the frozen final norm."""
   optimizer = optim.make(tiny.OPTIM, 60)
   trainable, frozen = optim.split(params, (r"final_norm",))
-  step = functools.partial(reward.step, network=tiny.SCALAR, optimizer=optimizer)
+  step = functools.partial(reward.step, network=tiny.SCALAR, optimizer=optimizer, micro_batches=1)
   return jax.jit(step), reward.init(trainable, optimizer), frozen
 
 

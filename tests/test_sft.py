@@ -15,8 +15,14 @@ from rlhf_jax.training import optim
 from rlhf_jax.types import TokenBatch
 
 V = tiny.MODEL.vocab_size
-# A "policy" whose parameters are its logits, so that gradients show where the loss looks.
-LOGITS = SimpleNamespace(apply=lambda variables, *_: variables["params"])
+# A "policy" whose parameters are its logits, so that gradients show where the loss looks: they
+# stand for its hidden states, which the head hands on.
+LOGITS = SimpleNamespace(
+  config=tiny.MODEL,
+  apply=lambda variables, *inputs, method: (
+    (variables["params"], None) if method == "hidden" else inputs[0]
+  ),
+)
 
 
 def token_batch(*rows, width=12):
@@ -164,7 +170,9 @@ def test_sft_memorises_eight_lines(params):
   batch = TokenBatch(tokens, ones.astype(np.int32), positions, ones.astype(np.float32))
   trainable, frozen = optim.split(params, (r"final_norm",))
   optimizer = optim.make(tiny.OPTIM, 150)
-  step = jax.jit(functools.partial(sft.step, policy=tiny.POLICY, optimizer=optimizer))
+  step = jax.jit(
+    functools.partial(sft.step, policy=tiny.POLICY, optimizer=optimizer, micro_batches=1)
+  )
   state = sft.init(trainable, optimizer)
   for _ in range(150):
     state, metrics = step(state, batch, frozen)

@@ -1,0 +1,50 @@
+"""The gradient of a batch whose activations do not fit at once: micro-batch by micro-batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.types import Metrics, Params, UserError
+
+# `(params, batch) -> (mean, (weight, sums))`: the mean loss over `weight` items (tokens, prompts),
+# and figures that add up over the parts of a batch.
+Loss = Callable[[Params, Any], tuple[jax.Array, tuple[jax.Array, Metrics]]]
+
+
+def value_and_grad(
+  loss: Loss, params: Params, batch: Any, micro_batches: int
+) -> tuple[jax.Array, Metrics, Params]:
+  """Mean loss, sums and gradient of a batch, as if it had been taken at once.
+
+  Micro-batches hold different numbers of items, so their means do not average to the mean; what is
+  added up is mean x weight, and the sum of weights divides at the end. Micro-batch i holds rows i,
+  i + micro_batches, ...: each device goes on with rows that it has.
+  """
+
+  def total(params: Params, part: Any) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+    mean, (weight, sums) = loss(params, part)
+    return mean * weight, (weight, sums)
+
+  run = jax.value_and_grad(total, has_aux=True)
+  if micro_batches == 1:
+    found = run(params, batch)
+  else:
+    part = lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+    parts = jax.tree.map(part, batch)
+    shapes = jax.eval_shape(run, params, jax.tree.map(lambda x: x[0], parts))
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    add = lambda seen, part: (jax.tree.map(jnp.add, seen, run(params, part)), None)
+    found, _ = jax.lax.scan(add, nothing, parts)
+  (value, (weight, sums)), grads = found
+  scale = 1.0 / jnp.maximum(weight, 1.0)
+  return value * scale, sums, jax.tree.map(lambda g: g * scale, grads)
+
+
+def check(name: str, batch_size: int, micro_batches: int) -> None:
+  """Raises a UserError unless the batch splits into so many; `name` is the config section."""
+  if batch_size % micro_batches:
+    raise UserError(
+      f"config {name}: batch_size {batch_size} is not divisible by micro_batches {micro_batches}."
+    )
