@@ -194,6 +194,7 @@ def ppo(sampling: dict) -> dict:
     num_steps=1,
     epochs=2,
     minibatches=2,
+    micro_batches=1,
     gamma=1.0,
     lam=0.95,
     cliprange=0.2,

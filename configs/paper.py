@@ -52,6 +52,7 @@ def instructgpt() -> ConfigDict:
     num_steps=500,  # IG C.4: 256k episodes at batch 512
     epochs=1,  # IG C.4
     minibatches=8,  # IG C.4: minibatches of 64
+    micro_batches=1,
     gamma=1.0,  # IG C.4: no discount
     lam=0.95,  # IG does not say; Stiennon et al. 2020, B.1
     cliprange=0.2,  # IG C.4
@@ -98,6 +99,7 @@ def nplus() -> ConfigDict:
     num_steps=1_953,  # N+: 1M episodes at batch 512
     epochs=4,  # N+
     minibatches=1,  # N+
+    micro_batches=1,
     gamma=1.0,  # N+
     lam=0.95,  # N+
     cliprange=0.2,  # N+

@@ -122,6 +122,7 @@ def ppo() -> dict:
     num_steps=50,
     epochs=1,  # InstructGPT, appendix C.4
     minibatches=4,
+    micro_batches=1,
     gamma=1.0,
     lam=0.95,
     cliprange=0.2,

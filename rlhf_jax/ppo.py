@@ -21,7 +21,7 @@ from rlhf_jax import advantages as advantages_lib
 from rlhf_jax import masked, rollout, sft, surrogate
 from rlhf_jax.config import Fraction, NonNegative, Positive, PositiveInt, Range
 from rlhf_jax.networks import heads, likelihood
-from rlhf_jax.training import optim
+from rlhf_jax.training import accumulate, optim
 from rlhf_jax.types import Metrics, Params, Rollout, TokenBatch, UserError
 
 
@@ -50,6 +50,7 @@ class PPOConfig:
   num_steps: PositiveInt  # batches of rollouts
   epochs: PositiveInt  # passes over each batch
   minibatches: PositiveInt  # optimiser steps a pass
+  micro_batches: PositiveInt  # parts that a minibatch goes through the networks in, to save memory
   gamma: Fraction  # discount
   lam: Fraction  # GAE's lambda
   cliprange: Positive  # of the probability ratio
@@ -73,6 +74,8 @@ class PPOConfig:
         f"config ppo: rollout.batch_size {self.rollout.batch_size} is not divisible by minibatches "
         f"{self.minibatches}."
       )
+    accumulate.check("ppo", self.rollout.batch_size // self.minibatches, self.micro_batches)
+    accumulate.check("ppo.ptx", self.ptx_rows, self.micro_batches)
     if self.ptx.coef and not self.ptx_rows:
       raise UserError(
         f"config ppo.ptx: ratio {self.ptx.ratio:g} gives no row to any of the {self.updates} "
@@ -156,9 +159,9 @@ def init(learner: Learner, policy: Params, critic: Params, key: jax.Array) -> PP
 
 
 def loss(
-  learner: Learner, policy: Params, critic: Params, batch: Experience, text: TokenBatch | None
+  learner: Learner, policy: Params, critic: Params, batch: Experience
 ) -> tuple[jax.Array, Metrics]:
-  """Policy loss + vf_coef value loss + ptx_coef pretraining loss, of one minibatch."""
+  """Policy loss + vf_coef value loss, each averaged over the response tokens of the batch."""
   config, seen = learner.config, batch.rollout
   sequences = jnp.concatenate([seen.prompts, seen.responses], axis=1)
   mask = jnp.concatenate([seen.prompt_mask, seen.mask], axis=1)
@@ -182,12 +185,48 @@ def loss(
     "loss/policy": pg_loss,
     "loss/value": vf_loss,
   }
-  total = pg_loss + config.vf_coef * vf_loss
+  return pg_loss + config.vf_coef * vf_loss, metrics
+
+
+def gradients(
+  learner: Learner,
+  trainable: tuple[Params, Params],
+  frozen: tuple[Params, Params],
+  minibatch: Experience,
+  text: TokenBatch | None,
+) -> tuple[tuple[Params, Params], Metrics]:
+  """The gradients of policy and critic: of `loss` and of ptx_coef times the pretraining loss.
+
+  Both are taken in micro-batches, weighted by tokens, as if each had been taken at once.
+  """
+  config: PPOConfig = learner.config
+
+  def of_rollouts(trainable: tuple[Params, Params], part: Experience):
+    policy, critic = (optim.merge(*parts) for parts in zip(trainable, frozen))
+    value, figures = loss(learner, policy, critic, part)
+    figures["policy/ratio_var"] += jnp.square(figures["policy/ratio"])  # now it adds up
+    tokens = jnp.sum(part.rollout.mask)
+    return value, (tokens, {name: x * tokens for name, x in (figures | {"tokens": 1.0}).items()})
+
+  def of_text(policy: Params, part: TokenBatch):
+    value, figures = sft.loss(learner.policy, optim.merge(policy, frozen[0]), part)
+    return value, (figures["tokens"], {})
+
+  pieces = config.micro_batches
+  _, sums, (of_policy, of_critic) = accumulate.value_and_grad(
+    of_rollouts, trainable, minibatch, pieces
+  )
+  tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+  metrics = {name: x / tokens for name, x in sums.items()}
+  metrics["policy/ratio_var"] -= jnp.square(metrics["policy/ratio"])
   if text is not None:
-    ptx_loss, _ = sft.loss(learner.policy, policy, text)
-    metrics["loss/ptx"] = ptx_loss
-    total += config.ptx.coef * ptx_loss
-  return total, metrics
+    value, _, extra = accumulate.value_and_grad(of_text, trainable[0], text, pieces)
+    of_policy = jax.tree.map(lambda g, x: g + config.ptx.coef * x, of_policy, extra)
+    metrics["loss/ptx"] = value
+  metrics["policy/grad_norm"], metrics["val/grad_norm"] = map(
+    optax.tree.norm, (of_policy, of_critic)
+  )
+  return (of_policy, of_critic), metrics
 
 
 def keys(state: PPOState) -> tuple[jax.Array, jax.Array]:
@@ -250,22 +289,17 @@ def update(
   batch = experience(config, seen, state.kl_coef)
   order = minibatch_order(keys(state)[1], config)
 
-  def objective(trainable, minibatch, rows):
-    policy, critic = (optim.merge(*parts) for parts in zip(trainable, frozen))
-    return loss(learner, policy, critic, minibatch, rows)
-
   def optimise(carry, inputs):
     trainable, (policy_opt, critic_opt) = carry
     rows, pretraining = inputs
     minibatch = jax.tree.map(lambda x: x[rows], batch)
-    grads, metrics = jax.grad(objective, has_aux=True)(trainable, minibatch, pretraining)
+    grads, metrics = gradients(learner, trainable, frozen, minibatch, pretraining)
     optimizers = (learner.policy_optimizer, learner.value_optimizer)
     moved, opt_states = [], []
     for optimizer, grad, opt, params in zip(optimizers, grads, (policy_opt, critic_opt), trainable):
       updates, opt = optimizer.update(grad, opt, params)
       moved.append(optax.apply_updates(params, updates))
       opt_states.append(opt)
-    metrics["policy/grad_norm"], metrics["val/grad_norm"] = map(optax.tree.norm, grads)
     return (tuple(moved), tuple(opt_states)), metrics
 
   carry = ((state.policy, state.critic), (state.policy_opt, state.critic_opt))

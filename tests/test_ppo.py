@@ -99,7 +99,7 @@ def test_before_any_update_the_kl_is_0_and_the_ratio_1(networks, prompts, temper
   @jax.jit
   def measure(seen):
     batch = ppo.experience(learner.config, seen, jnp.float32(0.05))
-    metrics = ppo.loss(learner, policy, critic, batch, None)[1]
+    metrics = ppo.loss(learner, policy, critic, batch)[1]
     return metrics | ppo.rollout_metrics(batch, jnp.float32(0.05))
 
   metrics = measure(fresh)
@@ -223,20 +223,40 @@ def gradients(networks, seen):
 
   @jax.jit
   def compute(policy, critic):
-    total = lambda *both: ppo.loss(learner, *both, batch, text)[0]
-    metrics = lambda *both: ppo.loss(learner, *both, batch, None)[1]
+    metrics = lambda *both: ppo.loss(learner, *both, batch)[1]
     parts = lambda *both: jnp.stack(
       [metrics(*both)[f"loss/{name}"] for name in ("policy", "value")]
     )
     of_policy, of_critic = jax.jacrev(parts, argnums=(0, 1))(policy, critic)
     return {
-      "total": jax.grad(total, argnums=(0, 1))(policy, critic),
+      "total": ppo.gradients(learner, (policy, critic), ({}, {}), batch, text)[0],
       "text": jax.grad(lambda policy: sft.loss(POLICY, policy, text)[0])(policy),
       "policy": jax.tree.map(lambda x: x[0], (of_policy, of_critic)),
       "value": jax.tree.map(lambda x: x[1], (of_policy, of_critic)),
     }
 
   return compute(networks["policy"], networks["critic"])
+
+
+@pytest.mark.conformance("B16")
+def test_a_minibatch_in_parts_has_the_gradients_and_figures_of_the_whole(networks, seen):
+  tokens = tiny.random_tokens((4, 8), 9)
+  places = np.tile(np.arange(8, dtype=np.int32), (4, 1))
+  mask = (np.arange(8)[None, :] > 2 * np.arange(4)[:, None]).astype(np.float32)
+  text = TokenBatch(tokens, np.ones((4, 8), np.int32), places, mask)
+  batch = compiled_experience(CONFIG, seen, jnp.float32(0.05))
+  assert len(set(np.sum(seen.mask, axis=1).tolist())) > 1  # so the mean of means is another one
+  trainable = (tiny.params(POLICY, 8), networks["critic"])  # not the policy that sampled
+
+  def run(parts):
+    config = tiny.changed(CONFIG, ptx__coef=27.8, ptx__ratio=2.0, micro_batches=parts)
+    whole = functools.partial(ppo.gradients, make_learner(config))
+    return jax.jit(whole)(trainable, ({}, {}), batch, text)
+
+  whole = run(1)
+  assert whole[1]["policy/ratio_var"] > 1e-3
+  for parts in (2, 4):
+    tiny.assert_trees_close(run(parts), whole, rtol=1e-3, atol=1e-4)
 
 
 def assert_zero(tree):

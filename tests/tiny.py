@@ -51,6 +51,7 @@ PPO = ppo.PPOConfig(
   num_steps=10,
   epochs=2,
   minibatches=2,
+  micro_batches=1,
   gamma=1.0,
   lam=0.95,
   cliprange=0.2,

@@ -58,6 +58,7 @@ PPO = {
   "num_steps": 1,
   "epochs": EPOCHS,
   "minibatches": MINIBATCHES,
+  "micro_batches": 2,
   "gamma": 0.97,
   "lam": 0.9,
   "cliprange": 0.15,
