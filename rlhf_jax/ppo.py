@@ -204,7 +204,8 @@ def gradients(
   def of_rollouts(trainable: tuple[Params, Params], part: Experience):
     policy, critic = (optim.merge(*parts) for parts in zip(trainable, frozen))
     value, figures = loss(learner, policy, critic, part)
-    figures["policy/ratio_var"] += jnp.square(figures["policy/ratio"])  # now it adds up
+    # As squares about 1 the spread adds up over parts, and next to nothing cancels.
+    figures["policy/ratio_var"] += jnp.square(figures["policy/ratio"] - 1.0)
     tokens = jnp.sum(part.rollout.mask)
     return value, (tokens, {name: x * tokens for name, x in (figures | {"tokens": 1.0}).items()})
 
@@ -218,7 +219,7 @@ def gradients(
   )
   tokens = jnp.maximum(sums.pop("tokens"), 1.0)
   metrics = {name: x / tokens for name, x in sums.items()}
-  metrics["policy/ratio_var"] -= jnp.square(metrics["policy/ratio"])
+  metrics["policy/ratio_var"] -= jnp.square(metrics["policy/ratio"] - 1.0)
   if text is not None:
     value, _, extra = accumulate.value_and_grad(of_text, trainable[0], text, pieces)
     of_policy = jax.tree.map(lambda g, x: g + config.ptx.coef * x, of_policy, extra)
