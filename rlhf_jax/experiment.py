@@ -192,7 +192,7 @@ def start(config: Any, workdir: str | pathlib.Path) -> Run:
 
 def check_batches(config: ExperimentConfig, mesh: Mesh) -> None:
   """Raises a UserError for a batch that the mesh cannot split."""
-  minibatch = config.ppo.rollout.batch_size // config.ppo.minibatches
+  ppo_rows = config.ppo.rollout.batch_size // config.ppo.minibatches // config.ppo.micro_batches
   for name, size in (
     ("sft.batch_size / sft.micro_batches", config.sft.batch_size // config.sft.micro_batches),
     ("comparisons.batch_size", config.comparisons.batch_size),
@@ -200,7 +200,7 @@ def check_batches(config: ExperimentConfig, mesh: Mesh) -> None:
       "reward.batch_size / reward.micro_batches",
       config.reward.batch_size // config.reward.micro_batches,
     ),
-    ("ppo.rollout.batch_size / ppo.minibatches", minibatch),
+    ("ppo.rollout.batch_size / ppo.minibatches / ppo.micro_batches", ppo_rows),
   ):
     mesh_lib.check_batch(mesh, size, name)
 

@@ -42,9 +42,10 @@ def value_and_grad(
   return value * scale, sums, jax.tree.map(lambda g: g * scale, grads)
 
 
-def check(name: str, batch_size: int, micro_batches: int) -> None:
-  """Raises a UserError unless the batch splits into so many; `name` is the config section."""
-  if batch_size % micro_batches:
+def check(name: str, rows: int, micro_batches: int) -> None:
+  """Raises a UserError unless the rows of a step split; `name` is the config section."""
+  if rows % micro_batches:
     raise UserError(
-      f"config {name}: batch_size {batch_size} is not divisible by micro_batches {micro_batches}."
+      f"config {name}: the {rows} rows of an optimiser step do not divide into micro_batches "
+      f"{micro_batches}; use a divisor of {rows}."
     )
