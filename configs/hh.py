@@ -55,7 +55,7 @@ def smollm2() -> ConfigDict:
   lower_18 = (r"trunk/embed/", r"trunk/block_(\d|1[0-7])/")
   config.sft.update(frozen=lower_24, num_steps=60, batch_size=8, sequence_length=160, eval_every=20)
   config.sft.optim.update(learning_rate=1e-4)
-  config.reward.update(frozen=lower_24, batch_size=4, sequence_length=224, eval_every=10)
+  config.reward.update(frozen=lower_24, batch_size=4, sequence_length=224, eval_every=30)
   config.reward.optim.update(learning_rate=2e-4)
   config.gold_model = config.reward.copy_and_resolve_references()
   config.gold_model.update(
