@@ -1,5 +1,6 @@
 """Phases, rounds and lineage: what is done once, and what is made from what."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -219,8 +220,7 @@ def test_a_finished_run_does_nothing_again_and_says_the_same(run, lineage, monke
 
 
 def test_parameters_of_another_shape_are_refused(run, lineage, tmp_path):
-  other = types.SimpleNamespace(
-    workdir=run.workdir, policy=run.scalar, scalar=run.policy, mesh=run.mesh
-  )
+  model = dataclasses.replace(run.config.model, d_ff=2 * run.config.model.d_ff)
+  other = dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
   with pytest.raises(UserError, match="does not fit this configuration"):
     iterate.load(other, "sft/policy")
