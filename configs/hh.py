@@ -55,7 +55,7 @@ def smollm2() -> ConfigDict:
   lower_18 = (r"trunk/embed/", r"trunk/block_(\d|1[0-7])/")
   config.sft.update(frozen=lower_24, num_steps=60, batch_size=8, sequence_length=160, eval_every=20)
   config.sft.optim.update(learning_rate=1e-4)
-  config.reward.update(frozen=lower_24, batch_size=4, sequence_length=224, eval_every=30)
+  config.reward.update(frozen=lower_24, batch_size=4, sequence_length=228, eval_every=30)
   config.reward.optim.update(learning_rate=2e-4)
   config.gold_model = config.reward.copy_and_resolve_references()
   config.gold_model.update(
@@ -90,7 +90,7 @@ def small() -> ConfigDict:
   )
   config.sft.update(num_steps=400, batch_size=16, sequence_length=192, eval_every=100)
   config.sft.optim.update(learning_rate=2e-3, warmup_steps=40)
-  config.reward.update(batch_size=8, sequence_length=224, eval_every=50)
+  config.reward.update(batch_size=8, sequence_length=228, eval_every=50)
   config.reward.optim.update(learning_rate=5e-4)
   config.gold_model = config.reward.copy_and_resolve_references()
   config.gold_model.update(max_responses=2, sequence_length=256, max_train=2_000)
@@ -125,7 +125,7 @@ def common() -> ConfigDict:
     optim=optim(1e-4, "cosine", final_fraction=0.1, warmup_steps=10),
   )
 
-  sampling = dict(max_new_tokens=32, temperature=1.0, top_k=0, top_p=1.0)
+  sampling = dict(max_new_tokens=32, temperature=1.0, top_k=0, top_p=1.0, stop=None)
   config.comparisons = dict(
     prompts=128,
     responses=4,  # K; InstructGPT: 4 to 9

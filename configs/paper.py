@@ -47,7 +47,7 @@ def instructgpt() -> ConfigDict:
   )
   config.comparisons = comparisons(prompts=33_000, responses=4, max_new_tokens=1_024)  # IG: K 4-9
   # IG C.2; rows of a prompt and four answers.
-  config.reward = reward(9e-6, final_fraction=0.1, sequence_length=5_120)
+  config.reward = reward(9e-6, final_fraction=0.1, sequence_length=5_124)
   config.ppo = dict(
     num_steps=500,  # IG C.4: 256k episodes at batch 512
     epochs=1,  # IG C.4
@@ -182,7 +182,7 @@ def comparisons(prompts: int, responses: int, max_new_tokens: int) -> dict:
     heldout_prompts=1_000,
     batch_size=256,
     prompt_length=1_024,
-    sampling=dict(max_new_tokens=max_new_tokens, temperature=1.0, top_k=0, top_p=1.0),
+    sampling=dict(max_new_tokens=max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None),
   )
 
 
@@ -210,7 +210,9 @@ def rollout(temperature: float, max_new_tokens: int) -> dict:
   return dict(
     batch_size=512,
     prompt_length=1_024,
-    sampling=dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=0, top_p=1.0),
+    sampling=dict(
+      max_new_tokens=max_new_tokens, temperature=temperature, top_k=0, top_p=1.0, stop=None
+    ),
   )
 
 

@@ -52,7 +52,7 @@ def standard() -> ConfigDict:
     heldout_prompts=200,
     batch_size=256,
     prompt_length=44,
-    sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0),
+    sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0, stop=None),
   )
   config.gold = "village"
   config.gold_model = None
@@ -74,7 +74,7 @@ def standard() -> ConfigDict:
     micro_batches=1,
     max_prompts=4,
     max_responses=4,
-    sequence_length=140,  # a prompt and four answers
+    sequence_length=144,  # a prompt and four answers
     eval_every=500,
     frozen=(),
     optim=optim(1e-3, "cosine", final_fraction=0.1, warmup_steps=10),
@@ -137,7 +137,7 @@ def ppo() -> dict:
     rollout=dict(
       batch_size=128,
       prompt_length=44,
-      sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0),
+      sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0, stop=None),
     ),
     eval_every=10,
     frozen=(),

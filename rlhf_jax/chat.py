@@ -14,7 +14,7 @@ import jax
 from rlhf_jax import config as config_lib
 from rlhf_jax import standing
 from rlhf_jax.experiment import ExperimentConfig
-from rlhf_jax.generation.sampling import SamplingConfig
+from rlhf_jax.generation.sampling import SamplingConfig, find_stops
 from rlhf_jax.generation.stream import Streamer, pieces
 from rlhf_jax.networks import heads, pretrained
 from rlhf_jax.text import dialogue
@@ -99,7 +99,7 @@ def _speaker(config, params, tokenizer, sampling, context) -> Speaker:
   template = dialogue.TEMPLATES[config.text.template]
   tokenizer = Tokenizer.load(tokenizer, eos=template.end)
   policy = heads.Policy(config.model)
-  streamer = Streamer(policy, sampling, (tokenizer.eos_id,), tokenizer.pad_id)
+  streamer = Streamer(policy, sampling, find_stops(sampling, tokenizer), tokenizer.pad_id)
   return Speaker(params, streamer, tokenizer, template, context)
 
 

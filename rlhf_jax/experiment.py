@@ -20,7 +20,7 @@ from rlhf_jax.config import Count, PositiveInt
 from rlhf_jax.data import rows, sources, village
 from rlhf_jax.data.records import Demonstration, Text
 from rlhf_jax.generation.respond import Responder
-from rlhf_jax.generation.sampling import SamplingConfig
+from rlhf_jax.generation.sampling import SamplingConfig, find_stops
 from rlhf_jax.labelers.simulated import LabelerConfig
 from rlhf_jax.networks import heads, pretrained
 from rlhf_jax.networks.transformer import ModelConfig
@@ -92,12 +92,13 @@ class ExperimentConfig:
         f"config reward.max_responses {self.reward.max_responses} is fewer than the {answers} "
         f"answers that are ranked to a prompt; use {answers}."
       )
-    room = source.prompt_length + source.responses * source.sampling.max_new_tokens
+    longest = source.sampling.max_new_tokens + 1  # one that is cut is closed with an EOS
+    room = source.prompt_length + source.responses * longest
     if self.reward.sequence_length < room:
       raise UserError(
         f"config reward.sequence_length {self.reward.sequence_length} is shorter than a prompt and "
         f"its answers of comparisons, {source.prompt_length} + {source.responses} * "
-        f"{source.sampling.max_new_tokens} tokens; use at least {room}."
+        f"{longest} tokens; use at least {room}."
       )
 
 
@@ -185,6 +186,8 @@ def start(config: Any, workdir: str | pathlib.Path) -> Run:
       f"vocabulary of {tokenizer.vocab_size}."
     )
   run = Run(built, workdir, mesh, data, tokenizer)
+  for section in (built.comparisons, built.ppo.rollout):
+    find_stops(section.sampling, tokenizer)
   check_prompts(run)
   files.write_json_atomic(workdir / "config.json", config_lib.to_dict(built))
   return run

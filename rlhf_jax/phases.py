@@ -250,6 +250,7 @@ def sampler(run: Run, stem_blocks: int) -> tuple[Responder, Callable]:
       run.policy,
       run.scalar,
       temperature=config.sampling.temperature,
+      eos_id=run.tokenizer.eos_id,
       stem_blocks=stem_blocks,
     )
   )

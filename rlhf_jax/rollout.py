@@ -2,7 +2,8 @@
 
 Two compiled functions: `generate` (in `generation/decode.py`) and `score` below. The reference is
 the SFT policy and never changes; the critic says what it expected before each token; the reward
-model scores the whole response. Networks have no dropout, so sampling and scoring see the same one.
+model scores the whole response, closed with an EOS as in the comparisons that it learnt from.
+Networks have no dropout, so sampling and scoring see the same one.
 """
 
 import dataclasses
@@ -53,6 +54,7 @@ def score(
   completion: Completion,
   *,
   temperature: float,
+  eos_id: int,
   stem_blocks: int = 0,
 ) -> Rollout:
   """What reference, critic and reward model say of B responses; pure and jittable.
@@ -63,14 +65,13 @@ def score(
   all networks (`heads.shared_stem`), run once and their output travels with the rollout.
   """
   R = completion.tokens.shape[1]
-  sequences = jnp.concatenate([prompts.tokens, completion.tokens], axis=1)
   mask = jnp.concatenate([prompts.mask, completion.mask], axis=1)
-  stream = None
+  closed, closed_mask = close(prompts, completion, eos_id)
   if stem_blocks:
-    layout = heads.layout(mask)
+    layout = heads.layout(closed_mask)
     stem = {"params": judges.reference}
-    stream = policy.apply(stem, sequences, *layout, stem_blocks, method="stem")
-  inputs = sequences if stream is None else stream
+    closed = policy.apply(stem, closed, *layout, stem_blocks, method="stem")
+  inputs = closed[:, :-1]
   reference = likelihood.of_responses(
     policy, judges.reference, inputs, mask, completion.tokens, temperature, stem_blocks
   )
@@ -84,10 +85,26 @@ def score(
     logprobs=completion.logprobs,
     ref_logprobs=jnp.where(live, reference.logprobs, 0.0),
     values=jnp.where(live, values, 0.0),
-    scores=score_sequences(scalar, judges.reward, inputs, mask, stem_blocks),
+    scores=score_sequences(scalar, judges.reward, closed, closed_mask, stem_blocks),
     finished=completion.finished,
-    stream=stream,
+    stream=inputs if stem_blocks else None,
   )
+
+
+def close(prompts: PromptBatch, completion: Completion, eos_id: int) -> tuple[jax.Array, jax.Array]:
+  """Ids and mask [B, P + R + 1] of prompts and responses, each of which ends with an EOS.
+
+  A response that another stop token ended, or that was cut at its longest, gets the EOS it lacks.
+  """
+  lengths = jnp.sum(completion.mask, axis=1, keepdims=True).astype(jnp.int32)
+  last = jnp.take_along_axis(completion.tokens, jnp.maximum(lengths - 1, 0), axis=1)
+  lacking = (lengths == 0) | (last != eos_id)
+  blank = jnp.zeros_like(lengths)
+  tokens = jnp.concatenate([prompts.tokens, completion.tokens, blank], axis=1)
+  mask = jnp.concatenate([prompts.mask, completion.mask, blank], axis=1)
+  after = jnp.arange(tokens.shape[1])[None] == prompts.tokens.shape[1] + lengths
+  added = lacking & after
+  return jnp.where(added, eos_id, tokens), jnp.where(added, 1.0, mask)
 
 
 def response_values(

@@ -10,13 +10,15 @@ import pytest
 import tiny
 
 from rlhf_jax.generation import decode
+from rlhf_jax.generation.sampling import Stops
 from rlhf_jax.networks import heads, likelihood
 from rlhf_jax.networks.transformer import ModelConfig
 from rlhf_jax.types import PromptBatch
 
 B, P, R = 8, 5, 6
 SAMPLING = tiny.SAMPLING
-STOPS = tuple(range(1, 9))  # a fifth of the vocabulary: rows end at different columns
+STOP_IDS = tuple(range(1, 9))  # a fifth of the vocabulary: rows end at different columns
+STOPS = Stops(STOP_IDS)
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +27,9 @@ def params():
 
 
 @functools.cache
-def compiled(sampling=SAMPLING, stop_ids=STOPS, pad_id=tiny.PAD):
+def compiled(sampling=SAMPLING, stops=STOPS, pad_id=tiny.PAD):
   return jax.jit(
-    functools.partial(
-      decode.generate, tiny.POLICY, config=sampling, stop_ids=stop_ids, pad_id=pad_id
-    )
+    functools.partial(decode.generate, tiny.POLICY, config=sampling, stops=stops, pad_id=pad_id)
   )
 
 
@@ -75,7 +75,7 @@ def test_generation_logprobs_equal_those_of_a_fresh_forward_pass(params, tempera
 def test_after_the_first_stop_token_there_is_only_padding(sampled):
   _, completion = sampled
   for tokens, mask, logprobs, finished in zip(*jax.tree.leaves(jax.device_get(completion))):
-    stops = np.flatnonzero(np.isin(tokens, STOPS))
+    stops = np.flatnonzero(np.isin(tokens, STOP_IDS))
     length = int(stops[0]) + 1 if len(stops) else R
     np.testing.assert_array_equal(mask, np.arange(R) < length)
     np.testing.assert_array_equal(tokens[length:], tiny.PAD)
@@ -87,7 +87,7 @@ def test_after_the_first_stop_token_there_is_only_padding(sampled):
 @pytest.mark.conformance("B7")
 def test_with_pad_equal_to_eos_the_real_eos_still_counts(params, sampled):
   prompts, expected = sampled
-  same_id = compiled(pad_id=STOPS[0])(params, prompts, jax.random.key(0))
+  same_id = compiled(pad_id=STOP_IDS[0])(params, prompts, jax.random.key(0))
   assert_same(same_id.replace(tokens=expected.tokens), expected)
   live = np.asarray(expected.mask) > 0
   np.testing.assert_array_equal(np.asarray(same_id.tokens)[live], expected.tokens[live])
@@ -96,10 +96,10 @@ def test_with_pad_equal_to_eos_the_real_eos_still_counts(params, sampled):
 @pytest.mark.conformance("B20")
 def test_a_custom_stop_token_ends_and_finishes_a_response(params):
   prompts = tiny.mixed_prompts(B, P, 0)
-  free = compiled(stop_ids=())(params, prompts, jax.random.key(0))
+  free = compiled(stops=Stops(()))(params, prompts, jax.random.key(0))
   assert np.all(np.asarray(free.mask) == 1.0) and np.all(np.asarray(free.finished) == 0.0)
   stop = int(free.tokens[2, 3])
-  stopped = compiled(stop_ids=(stop,))(params, prompts, jax.random.key(0))
+  stopped = compiled(stops=Stops((stop,)))(params, prompts, jax.random.key(0))
   first = int(np.flatnonzero(np.asarray(free.tokens[2]) == stop)[0])
   assert stopped.finished[2] == 1.0
   np.testing.assert_array_equal(stopped.mask[2], np.arange(R) <= first)
@@ -109,7 +109,7 @@ def test_a_custom_stop_token_ends_and_finishes_a_response(params):
 def test_rows_do_not_change_when_their_neighbours_end_early(params, sampled):
   # Stop tokens that end other rows earlier must leave the tokens up to the end untouched.
   prompts, early = sampled
-  free = compiled(stop_ids=())(params, prompts, jax.random.key(0))
+  free = compiled(stops=Stops(()))(params, prompts, jax.random.key(0))
   live = np.asarray(early.mask) > 0
   np.testing.assert_array_equal(np.asarray(early.tokens)[live], np.asarray(free.tokens)[live])
   np.testing.assert_allclose(early.logprobs[live], free.logprobs[live], atol=1e-6)
@@ -142,7 +142,7 @@ def test_several_samples_of_a_prompt_are_those_of_as_many_copies_of_it(scan_laye
   policy = heads.Policy(tiny.changed(tiny.MODEL, compute__scan_layers=scan_layers))
   params = tiny.params(policy, 0)
   generate = functools.partial(
-    decode.generate, policy, config=SAMPLING, stop_ids=STOPS, pad_id=tiny.PAD
+    decode.generate, policy, config=SAMPLING, stops=STOPS, pad_id=tiny.PAD
   )
   prompts = tiny.mixed_prompts(3, P, 0)
   copies = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), prompts)
@@ -154,7 +154,7 @@ def test_several_samples_of_a_prompt_are_those_of_as_many_copies_of_it(scan_laye
 @pytest.mark.conformance("A36")
 def test_rows_with_one_prompt_and_steps_with_one_batch_draw_differently(params):
   prompts = jax.tree.map(lambda x: jnp.tile(x[4:5], (B, 1)), tiny.mixed_prompts(B, P, 2))
-  draw = lambda seed: compiled(stop_ids=())(params, prompts, jax.random.key(seed)).tokens
+  draw = lambda seed: compiled(stops=Stops(()))(params, prompts, jax.random.key(seed)).tokens
   first, again, other = draw(0), draw(0), draw(1)
   assert len({tuple(row) for row in np.asarray(first).tolist()}) == B
   np.testing.assert_array_equal(first, again)
@@ -163,7 +163,7 @@ def test_rows_with_one_prompt_and_steps_with_one_batch_draw_differently(params):
 
 def test_greedy_decoding_is_the_argmax_of_fresh_forward_passes(params):
   prompts = tiny.mixed_prompts(B, P, 3)
-  greedy = compiled(tiny.changed(SAMPLING, temperature=0.0), stop_ids=())
+  greedy = compiled(tiny.changed(SAMPLING, temperature=0.0), stops=Stops(()))
   completion = greedy(params, prompts, jax.random.key(0))
   # Causality makes one pass over the finished rows as good as R passes over their prefixes.
   logits = fresh_logits(params, prompts, completion)
@@ -175,7 +175,7 @@ def test_greedy_decoding_is_the_argmax_of_fresh_forward_passes(params):
 def test_truncated_generation_reports_the_truncated_distribution(params):
   prompts = tiny.mixed_prompts(B, P, 4)
   sampling = tiny.changed(SAMPLING, top_k=2, temperature=0.8)
-  completion = compiled(sampling, stop_ids=())(params, prompts, jax.random.key(0))
+  completion = compiled(sampling, stops=Stops(()))(params, prompts, jax.random.key(0))
   logits = fresh_logits(params, prompts, completion)
   best = np.sort(np.asarray(logits), axis=-1)[..., -2:] / 0.8
   chosen = np.take_along_axis(np.asarray(logits), completion.tokens[..., None], axis=-1)[..., 0]
@@ -207,7 +207,7 @@ class Successor(nn.Module):
 def test_a_policy_that_counts_makes_responses_that_count_to_the_stop_token():
   prompts = tiny.left_padded([[3], [9, 5], [8, 8, 10]], P)
   generate = functools.partial(
-    decode.generate, Successor(tiny.MODEL), config=SAMPLING, stop_ids=(12,), pad_id=tiny.PAD
+    decode.generate, Successor(tiny.MODEL), config=SAMPLING, stops=Stops((12,)), pad_id=tiny.PAD
   )
   completion = jax.jit(generate)({}, prompts, jax.random.key(0))
   expected = [[4, 5, 6, 7, 8, 9], [6, 7, 8, 9, 10, 11], [11, 12, 0, 0, 0, 0]]
@@ -228,7 +228,7 @@ class Indifferent(Successor):
 def test_columns_of_a_row_draw_independently():
   n, prompts = 1000, tiny.mixed_prompts(1000, P, 0)
   generate = functools.partial(
-    decode.generate, Indifferent(tiny.MODEL), config=SAMPLING, stop_ids=(), pad_id=tiny.PAD
+    decode.generate, Indifferent(tiny.MODEL), config=SAMPLING, stops=Stops(()), pad_id=tiny.PAD
   )
   tokens = np.asarray(jax.jit(generate)({}, prompts, jax.random.key(0)).tokens)
   # Two columns agree by chance in one of 40 rows; five deviations around that.
@@ -247,8 +247,48 @@ def test_decoding_is_one_loop_on_the_device(params):
       return super().logits(hidden)
 
   generate = functools.partial(
-    decode.generate, Counting(tiny.MODEL), config=SAMPLING, stop_ids=STOPS, pad_id=tiny.PAD
+    decode.generate, Counting(tiny.MODEL), config=SAMPLING, stops=STOPS, pad_id=tiny.PAD
   )
   jax.make_jaxpr(generate)({}, prompts, jax.random.key(0))
   # Traced at most three times (first token, loop body, its shape check), whatever R is.
   assert len(traces) <= 3
+
+
+def cut_as_ziegler(tokens, wanted, first):
+  """Columns [B, R] that are kept: up to the first wanted token at or after `first`.
+
+  Ziegler et al. 2019 mark the tokens, drop the marks before `first`, and keep what has no mark
+  before it.
+  """
+  marks = np.isin(tokens, wanted)
+  marks[:, :first] = False
+  return np.cumsum(marks, axis=1) - marks == 0, marks.any(axis=1)
+
+
+@pytest.mark.conformance("A34")
+@pytest.mark.parametrize("first", [0, 1, 3, R - 1])
+def test_a_late_stop_token_ends_a_response_at_or_after_its_column_only(params, first):
+  prompts = tiny.mixed_prompts(32, P, 0)
+  free = compiled(stops=Stops(()))(params, prompts, jax.random.key(0))
+  stops = Stops((), late=STOP_IDS, at_or_after=first)
+  completion = compiled(stops=stops)(params, prompts, jax.random.key(0))
+  kept, ended = cut_as_ziegler(np.asarray(free.tokens), STOP_IDS, first)
+  np.testing.assert_array_equal(completion.mask, kept)
+  np.testing.assert_array_equal(completion.tokens, np.where(kept, free.tokens, tiny.PAD))
+  np.testing.assert_array_equal(completion.finished, ended)
+  early = np.isin(free.tokens[:, :first], STOP_IDS).any()
+  assert first == 0 or early, "a stop token before its column is what the rule is about"
+  assert 0 < ended.sum() < 32
+
+
+@pytest.mark.conformance("A34")
+def test_eos_ends_a_response_before_the_column_of_other_stop_tokens():
+  prompts = tiny.left_padded([[3], [9, 5], [8, 8, 10]], P)
+  stops = Stops((12,), late=(6, 11), at_or_after=2)
+  generate = functools.partial(
+    decode.generate, Successor(tiny.MODEL), config=SAMPLING, stops=stops, pad_id=tiny.PAD
+  )
+  completion = jax.jit(generate)({}, prompts, jax.random.key(0))
+  expected = [[4, 5, 6, 0, 0, 0], [6, 7, 8, 9, 10, 11], [11, 12, 0, 0, 0, 0]]
+  np.testing.assert_array_equal(completion.tokens, expected)
+  np.testing.assert_array_equal(completion.finished, [1.0, 1.0, 1.0])

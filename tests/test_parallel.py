@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from rlhf_jax import ppo, rollout, sft
 from rlhf_jax.generation import decode
+from rlhf_jax.generation.sampling import Stops
 from rlhf_jax.networks import heads
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
@@ -70,10 +71,10 @@ def assert_split(tree, mesh):
 
 def sample(policy, critic, judges, prompts, key):
   completion = decode.generate(
-    POLICY, policy, prompts, key, config=tiny.SAMPLING, stop_ids=(1, 2, 3), pad_id=tiny.PAD
+    POLICY, policy, prompts, key, config=tiny.SAMPLING, stops=Stops((1, 2, 3)), pad_id=tiny.PAD
   )
   parts = (judges, critic, prompts, completion)
-  return rollout.score(POLICY, SCALAR, *parts, temperature=1.0)
+  return rollout.score(POLICY, SCALAR, *parts, temperature=1.0, eos_id=tiny.EOS)
 
 
 @pytest.fixture(scope="module")

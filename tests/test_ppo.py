@@ -12,6 +12,7 @@ import tiny
 
 from rlhf_jax import ppo, rollout, sft
 from rlhf_jax.generation import decode
+from rlhf_jax.generation.sampling import Stops
 from rlhf_jax.networks import heads
 from rlhf_jax.rollout import Judges
 from rlhf_jax.training import loop
@@ -48,13 +49,13 @@ def prompts():
 def sampler(temperature):
   """The compiled `(policy, critic, judges, prompts, key) -> Rollout`."""
   sampling = tiny.changed(tiny.SAMPLING, temperature=temperature)
-  arguments = {"config": sampling, "stop_ids": STOPS, "pad_id": tiny.PAD}
+  arguments = {"config": sampling, "stops": Stops(STOPS), "pad_id": tiny.PAD}
 
   @jax.jit
   def sample(policy, critic, judges, prompts, key):
     completion = decode.generate(POLICY, policy, prompts, key, **arguments)
     parts = (judges, critic, prompts, completion)
-    return rollout.score(POLICY, SCALAR, *parts, temperature=temperature)
+    return rollout.score(POLICY, SCALAR, *parts, temperature=temperature, eos_id=tiny.EOS)
 
   return sample
 

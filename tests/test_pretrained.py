@@ -575,11 +575,13 @@ def test_stories260k_tells_the_story_that_its_authors_print(weights_folder):
   fields, params = pretrained.load(path)
   tokenizer = Tokenizer.load(path.parent / "tok512.bin")
   policy = heads.Policy(ModelConfig(**fields, compute=hf_layout.COMPUTE))
-  greedy = sampling.SamplingConfig(max_new_tokens=155, temperature=0.0, top_k=0, top_p=1.0)
+  greedy = sampling.SamplingConfig(
+    max_new_tokens=155, temperature=0.0, top_k=0, top_p=1.0, stop=None
+  )
   prompt = PromptBatch(jnp.full((1, 1), tokenizer.bos_id), jnp.ones((1, 1)))
   tell = jax.jit(
     lambda params, key: decode.generate(
-      policy, params, prompt, key, config=greedy, stop_ids=(), pad_id=tokenizer.pad_id
+      policy, params, prompt, key, config=greedy, stops=sampling.Stops(()), pad_id=tokenizer.pad_id
     )
   )
   story = tokenizer.decode(tell(params, jax.random.key(0)).tokens[0])

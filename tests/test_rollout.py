@@ -10,12 +10,14 @@ import tiny
 
 from rlhf_jax import rollout
 from rlhf_jax.generation import decode
+from rlhf_jax.generation.sampling import Stops
 from rlhf_jax.networks import heads, likelihood
 from rlhf_jax.rollout import Judges, RolloutConfig
 from rlhf_jax.types import UserError
 
 B, P, R = 8, 5, 6
-STOPS = tuple(range(1, 9))
+EOS = 1
+STOPS = tuple(range(1, 9))  # of which one is the EOS
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def prompts():
 @functools.cache
 def compiled_generate(temperature):
   sampling = tiny.changed(tiny.SAMPLING, temperature=temperature)
-  arguments = {"config": sampling, "stop_ids": STOPS, "pad_id": tiny.PAD}
+  arguments = {"config": sampling, "stops": Stops(STOPS), "pad_id": tiny.PAD}
   return jax.jit(functools.partial(decode.generate, tiny.POLICY, **arguments))
 
 
@@ -50,6 +52,7 @@ def score(judges, critic, prompts, completion, temperature=1.0, stem_blocks=0):
     prompts,
     completion,
     temperature=temperature,
+    eos_id=EOS,
     stem_blocks=stem_blocks,
   )
 
@@ -111,16 +114,22 @@ def test_the_value_before_a_token_does_not_know_it(networks, prompts, completion
   assert not np.any(same[:, column + 1 :][live[:, column + 1 :]])
 
 
-@pytest.mark.conformance("A15", "A17", "B8")
-def test_scores_are_those_of_the_whole_unpadded_conversation(networks, prompts, seen):
+@pytest.mark.conformance("A15", "A17", "A34", "B8")
+def test_scores_are_those_of_the_whole_unpadded_conversation_closed_by_an_eos(
+  networks, prompts, seen
+):
   apply = jax.jit(tiny.SCALAR.apply)
   rows = []
   for b in range(B):
     real = np.asarray(seen.prompt_mask[b]) > 0, np.asarray(seen.mask[b]) > 0
-    rows.append(
-      list(np.asarray(seen.prompts[b])[real[0]]) + list(np.asarray(seen.responses[b])[real[1]])
-    )
-  tokens, mask = tiny.right_padded(rows, P + R)
+    response = seen.responses[b][real[1]].tolist()
+    ending = [] if response[-1] == EOS else [EOS]
+    rows.append(seen.prompts[b][real[0]].tolist() + response + ending)
+  lengths = np.sum(np.asarray(seen.mask), axis=1)
+  ended = np.asarray(seen.finished) > 0
+  last = np.asarray(seen.responses)[np.arange(B), lengths.astype(int) - 1]
+  assert np.any(last == EOS) and np.any(ended & (last != EOS)) and np.any(~ended), "all three kinds"
+  tokens, mask = tiny.right_padded(rows, P + R + 1)
   values = apply({"params": networks["judges"].reward}, tokens, *heads.layout(mask))
   expected = [values[b, len(row) - 1] for b, row in enumerate(rows)]
   np.testing.assert_allclose(seen.scores, expected, rtol=1e-4, atol=1e-5)

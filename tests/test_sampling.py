@@ -2,23 +2,29 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.data import village
 from rlhf_jax.generation import sampling
-from rlhf_jax.generation.sampling import SamplingConfig
+from rlhf_jax.generation.sampling import SamplingConfig, StopConfig, Stops
 from rlhf_jax.networks import likelihood
+from rlhf_jax.text import dialogue
+from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import UserError
 
 draw = jax.jit(sampling.draw)
 sample = jax.jit(sampling.sample, static_argnames="config")
 
 
-def config(temperature=1.0, top_k=0, top_p=1.0):
-  return SamplingConfig(max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
+def config(temperature=1.0, top_k=0, top_p=1.0, stop=None):
+  return SamplingConfig(
+    max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop
+  )
 
 
 def numpy_truncate(logits, temperature, top_k, top_p):
@@ -190,3 +196,30 @@ def test_truncated_settings_say_so(settings):
 def test_top_p_0_is_refused():
   with pytest.raises(UserError, match="use temperature 0 for greedy"):
     config(top_p=0.0)
+
+
+@pytest.fixture(scope="module")
+def words():
+  backend = village.build_tokenizer(village.build_world(village.STANDARD))
+  return Tokenizer(backend, eos=dialogue.VILLAGE.end, pad="<pad>", bos=None)
+
+
+@pytest.mark.conformance("A34")
+def test_stop_tokens_are_found_in_the_vocabulary_beside_the_eos(words):
+  stop = StopConfig(tokens=(".", "the"), at_or_after=0)
+  ids = (words.token_id("."), words.token_id("▁the"))
+  assert sampling.find_stops(config(stop=stop), words) == Stops((words.eos_id,), ids, 0)
+  assert sampling.find_stops(config(), words) == Stops((words.eos_id,))
+
+
+@pytest.mark.parametrize("text", ["two words", "unheard-of", ""])
+def test_a_stop_text_that_is_not_one_token_is_named(words, text):
+  with pytest.raises(UserError, match=re.escape(f"stop.tokens: no token of this vocabulary reads {text!r}")):
+    sampling.find_stops(config(stop=StopConfig((text,), 0)), words)
+
+
+def test_a_stop_that_can_never_or_never_be_meant_to_happen_is_refused():
+  with pytest.raises(UserError, match="at_or_after: 1 is past the last column of responses of 1"):
+    config(stop=StopConfig((".",), 1))
+  with pytest.raises(UserError, match="names no token"):
+    StopConfig((), 0)

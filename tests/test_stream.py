@@ -9,11 +9,12 @@ import tiny
 
 from rlhf_jax.data import village
 from rlhf_jax.generation import decode, stream
+from rlhf_jax.generation.sampling import Stops
 from rlhf_jax.text import dialogue
 from rlhf_jax.text import tokenizer as tokenizer_lib
 from rlhf_jax.text.tokenizer import Tokenizer
 
-STOPS = (tiny.EOS, 2)
+STOPS = Stops((tiny.EOS, 2))
 SAMPLING = tiny.changed(tiny.SAMPLING, max_new_tokens=12)
 LENGTHS = (1, 5, 17, 31, 32)
 
@@ -24,22 +25,22 @@ def params():
 
 
 @functools.cache
-def streamer(sampling=SAMPLING, stop_ids=STOPS):
-  return stream.Streamer(tiny.POLICY, sampling, stop_ids, tiny.PAD)
+def streamer(sampling=SAMPLING, stops=STOPS):
+  return stream.Streamer(tiny.POLICY, sampling, stops, tiny.PAD)
 
 
 @functools.cache
-def compiled(sampling):
+def compiled(sampling, stops):
   generate = functools.partial(
-    decode.generate, tiny.POLICY, config=sampling, stop_ids=STOPS, pad_id=tiny.PAD
+    decode.generate, tiny.POLICY, config=sampling, stops=stops, pad_id=tiny.PAD
   )
   return jax.jit(generate)
 
 
-def at_once(params, prompt, key, sampling):
+def at_once(params, prompt, key, sampling, stops=STOPS):
   """The same answer by `decode.generate`."""
   prompts = tiny.left_padded([prompt], stream.bucket(len(prompt)))
-  done = jax.device_get(compiled(sampling)(params, prompts, key))
+  done = jax.device_get(compiled(sampling, stops)(params, prompts, key))
   return done.tokens[0][done.mask[0] > 0].tolist()
 
 
@@ -68,9 +69,9 @@ def test_the_same_key_streams_the_tokens_of_generate(params, sampling):
 def test_a_stop_token_is_the_last_and_without_one_all_room_is_used(params):
   for seed in range(20):
     ids = list(streamer().ids(params, prompt(5), jax.random.key(seed)))
-    assert not set(ids[:-1]) & set(STOPS)
-    assert ids[-1] in STOPS or len(ids) == SAMPLING.max_new_tokens
-  endless = streamer(stop_ids=()).ids(params, prompt(5), jax.random.key(0))
+    assert not set(ids[:-1]) & set(STOPS.always)
+    assert ids[-1] in STOPS.always or len(ids) == SAMPLING.max_new_tokens
+  endless = streamer(stops=Stops(())).ids(params, prompt(5), jax.random.key(0))
   assert len(list(endless)) == SAMPLING.max_new_tokens
 
 
@@ -80,7 +81,7 @@ def test_another_key_gives_another_answer(params):
 
 
 def test_prompts_of_one_bucket_share_one_compilation(params):
-  fresh = stream.Streamer(tiny.POLICY, SAMPLING, (), tiny.PAD)
+  fresh = stream.Streamer(tiny.POLICY, SAMPLING, Stops(()), tiny.PAD)
   for length in (1, 7, 32):
     list(fresh.ids(params, prompt(length), jax.random.key(0)))
   assert fresh._prefill._cache_size() == fresh._step._cache_size() == 1
@@ -96,10 +97,10 @@ def test_buckets_are_powers_of_two_that_hold_the_prompt():
 
 
 def test_each_token_is_handed_over_before_the_next_is_drawn(params):
-  ids = streamer(stop_ids=()).ids(params, prompt(5), jax.random.key(0))
+  ids = streamer(stops=Stops(())).ids(params, prompt(5), jax.random.key(0))
   first = next(ids)
   ids.close()  # an answer that is stopped leaves nothing behind
-  again = streamer(stop_ids=()).ids(params, prompt(5), jax.random.key(0))
+  again = streamer(stops=Stops(())).ids(params, prompt(5), jax.random.key(0))
   assert next(again) == first
 
 
@@ -187,3 +188,15 @@ def test_a_real_models_tokenizer_streams_what_it_decodes(weights_folder):
       ids = tokenizer.encode(text)
       pieces = list(stream.pieces(ids, tokenizer.decode))
       assert "".join(pieces) == tokenizer.decode(ids) and "\ufffd" not in "".join(pieces)
+
+
+@pytest.mark.conformance("A34")
+def test_a_late_stop_token_ends_the_stream_where_it_ends_the_batch(params):
+  stops = Stops((tiny.EOS,), late=tuple(range(2, 12)), at_or_after=3)
+  lengths = set()
+  for seed in range(8):
+    key = jax.random.key(seed)
+    streamed = list(streamer(stops=stops).ids(params, prompt(5), key))
+    assert streamed == at_once(params, prompt(5), key, SAMPLING, stops)
+    lengths.add(len(streamed))
+  assert len(lengths) > 1 and max(lengths) >= 4

@@ -46,7 +46,7 @@ OPTIM = OptimConfig(
   weight_decay=0.0,
   clip_norm=None,
 )
-SAMPLING = SamplingConfig(max_new_tokens=6, temperature=1.0, top_k=0, top_p=1.0)
+SAMPLING = SamplingConfig(max_new_tokens=6, temperature=1.0, top_k=0, top_p=1.0, stop=None)
 PPO = ppo.PPOConfig(
   num_steps=10,
   epochs=2,

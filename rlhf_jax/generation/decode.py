@@ -37,15 +37,15 @@ def generate(
   key: jax.Array,
   *,
   config: sampling.SamplingConfig,
-  stop_ids: tuple[int, ...],
+  stops: sampling.Stops,
   pad_id: int,
   samples: int = 1,
 ) -> Completion:
   """Samples `samples` responses to each prompt; pure and jittable, no token returns to Python.
 
   Response k to prompt b is row b * samples + k; each prompt is read once. The loop ends early when
-  every row has drawn one of `stop_ids`. Step t draws with fold_in(key, t), so rows do not depend on
-  the mesh, nor on when their neighbours end.
+  every row has been ended by one of `stops`. Step t draws with fold_in(key, t), so rows do not
+  depend on the mesh, nor on when their neighbours end.
   """
   chex.assert_equal_shape([prompts.tokens, prompts.mask])
   B, P = prompts.tokens.shape
@@ -61,7 +61,7 @@ def generate(
     """Draws column `state.step` from the hidden state [B, D] of the column before."""
     draw_key = jax.random.fold_in(key, state.step)
     tokens, logprobs = sampling.sample(head(hidden), draw_key, config)
-    completion = _append(state.completion, state.step, tokens, logprobs, stop_ids, pad_id)
+    completion = _append(state.completion, state.step, tokens, logprobs, stops, pad_id)
     return DecodeState(state.step + 1, cache, completion)
 
   def unfinished(state: DecodeState) -> jax.Array:
@@ -83,14 +83,14 @@ def generate(
   return jax.lax.while_loop(unfinished, body, state).completion
 
 
-def _append(completion, step, tokens, logprobs, stop_ids, pad_id) -> Completion:
+def _append(completion, step, tokens, logprobs, stops, pad_id) -> Completion:
   """Writes column `step` of rows that are still open, and closes those that drew a stop token."""
   is_open = completion.finished == 0
-  stops = jnp.isin(tokens, jnp.array(stop_ids, jnp.int32))
+  ends = stops.end(tokens, step)
   put = lambda array, column: array.at[:, step].set(column)
   return Completion(
     tokens=put(completion.tokens, jnp.where(is_open, tokens, pad_id)),
     mask=put(completion.mask, is_open.astype(jnp.float32)),
     logprobs=put(completion.logprobs, jnp.where(is_open, logprobs, 0.0)),
-    finished=jnp.where(is_open, stops.astype(jnp.float32), completion.finished),
+    finished=jnp.where(is_open, ends.astype(jnp.float32), completion.finished),
   )

@@ -44,6 +44,11 @@ class Responder:
     mesh_lib.check_batch(self.mesh, self.batch_size, "batch_size of generation")
 
   @functools.cached_property
+  def stops(self) -> sampling.Stops:
+    """The ids that end a reply."""
+    return sampling.find_stops(self.sampling, self.tokenizer)
+
+  @functools.cached_property
   def generate(self) -> Callable:
     """The compiled `(params, prompts, key) -> Completion`."""
     return jax.jit(
@@ -51,7 +56,7 @@ class Responder:
         decode.generate,
         self.policy,
         config=self.sampling,
-        stop_ids=(self.tokenizer.eos_id,),
+        stops=self.stops,
         pad_id=self.tokenizer.pad_id,
         samples=self.samples,
       )

@@ -6,16 +6,33 @@ log-probability reported for a token is that of *this* distribution. With top_k 
 equals `likelihood.token_logprobs` at the same temperature, which is what PPO recomputes; PPO
 therefore refuses truncated rollouts. Temperature 0 is greedy: the distribution is a point mass, its
 log-probability 0.
+
+What ends a response is said once too: EOS anywhere, other tokens from a column on (`Stops`).
 """
 
 import dataclasses
+import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.config import Count, Fraction, NonNegative, PositiveInt
+from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class StopConfig:
+  """Tokens that end a response although they are no EOS (Ziegler et al. 2019, section 2.3)."""
+
+  tokens: tuple[str, ...]  # the text of each
+  at_or_after: Count  # the first response column where they do, from 0; before it, they do not
+
+  def __post_init__(self):
+    if not self.tokens:
+      raise UserError("config stop.tokens: names no token; use stop=None to end at EOS alone.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +43,14 @@ class SamplingConfig:
   temperature: NonNegative  # 0 is greedy
   top_k: Count  # 0 keeps all
   top_p: Fraction  # 1 keeps all
+  stop: StopConfig | None  # what ends a response beside EOS
 
   def __post_init__(self):
+    if self.stop is not None and self.stop.at_or_after >= self.max_new_tokens:
+      raise UserError(
+        f"config stop.at_or_after: {self.stop.at_or_after} is past the last column of responses of "
+        f"{self.max_new_tokens} tokens; use at most {self.max_new_tokens - 1}."
+      )
     if self.top_p == 0.0:
       raise UserError("config top_p: 0 leaves no token to draw; use temperature 0 for greedy.")
 
@@ -35,6 +58,40 @@ class SamplingConfig:
   def is_truncated(self) -> bool:
     """Whether tokens are cut, so that full-softmax log-probabilities would not match."""
     return self.temperature == 0 or self.top_k > 0 or self.top_p < 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stops:
+  """The ids that end a response."""
+
+  always: tuple[int, ...]  # wherever they stand
+  late: tuple[int, ...] = ()  # from column `at_or_after` on
+  at_or_after: int = 0
+
+  def end(self, tokens: jax.Array | int, column: jax.Array | int) -> jax.Array | bool:
+    """Whether each of `tokens`, drawn as response column `column`, is the last of its response."""
+    among = lambda ids: functools.reduce(operator.or_, (tokens == i for i in ids), False)
+    return among(self.always) | (among(self.late) & (column >= self.at_or_after))
+
+
+def find_stops(config: SamplingConfig, tokenizer: Tokenizer) -> Stops:
+  """EOS, and every token that reads like one of the texts that `config` adds to it.
+
+  Raises:
+    UserError: no token reads like one of them.
+  """
+  always = (tokenizer.eos_id,)
+  if config.stop is None:
+    return Stops(always)
+  texts = [tokenizer.decode([i], skip_special=False) for i in range(tokenizer.vocab_size)]
+  missing = [text for text in config.stop.tokens if text not in texts]
+  if missing:
+    raise UserError(
+      f"config stop.tokens: no token of this vocabulary reads {missing[0]!r}; name texts that are "
+      "one token each."
+    )
+  late = tuple(i for i, text in enumerate(texts) if text in config.stop.tokens)
+  return Stops(always, late, config.stop.at_or_after)
 
 
 def truncate(logits: jax.Array, config: SamplingConfig) -> jax.Array:

@@ -40,7 +40,7 @@ class Streamer:
 
   policy: heads.Policy
   sampling: sampling.SamplingConfig
-  stop_ids: tuple[int, ...]
+  stops: sampling.Stops
   pad_id: int
 
   @functools.cached_property
@@ -65,7 +65,8 @@ class Streamer:
     while True:
       token = int(state.token[0])
       yield token
-      if token in self.stop_ids or int(state.step) == self.sampling.max_new_tokens:
+      drawn = int(state.step)
+      if drawn == self.sampling.max_new_tokens or self.stops.end(token, drawn - 1):
         return
       state = self._step(params, state, key)
 

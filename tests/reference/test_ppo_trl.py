@@ -73,7 +73,13 @@ PPO = {
   "rollout": {
     "batch_size": B,
     "prompt_length": P,
-    "sampling": {"max_new_tokens": R, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0},
+    "sampling": {
+      "max_new_tokens": R,
+      "temperature": TEMPERATURE,
+      "top_k": 0,
+      "top_p": 1.0,
+      "stop": None,
+    },
   },
   "eval_every": 1,
   "frozen": (),
@@ -113,10 +119,11 @@ def models(make_llama):
 
 @pytest.fixture
 def rows():
-  """Left-padded prompts [B, P] and responses [B, R]; no response holds pad (0) or EOS (2)."""
+  """Left-padded prompts [B, P] and responses [B, R]; no pad (0), and EOS (2) at their ends only."""
   rng = np.random.default_rng(0)
   tokens = rng.integers(3, 40, (B, P + R))
   tokens[:, :P] *= np.arange(P)[None, :] >= P - PROMPT_LENGTHS[:, None]
+  tokens[:, -1] = 2
   return tokens[:, :P], tokens[:, P:]
 
 
@@ -141,7 +148,7 @@ def our_iteration(import_llama, models, rows, whiten_rewards):
     completion = Completion(responses, ones, logprobs, finished=jnp.zeros((B,)))
     whole = optim.merge(state.critic, bias)
     seen = rollout.score(
-      policy, scalar, judges, whole, prompts, completion, temperature=TEMPERATURE
+      policy, scalar, judges, whole, prompts, completion, temperature=TEMPERATURE, eos_id=2
     )
     return ppo.update(state, ({}, bias), seen, None, learner)
 

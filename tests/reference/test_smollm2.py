@@ -118,10 +118,18 @@ def test_greedy_continuations_are_the_same_tokens(ours, theirs, tokenizer):
     for i, text in enumerate(QUESTIONS)
   ]
   tokens, mask = pad(rows, max(map(len, rows)), tokenizer.pad_id, "left")
-  config = sampling.SamplingConfig(max_new_tokens=NEW_TOKENS, temperature=0.0, top_k=0, top_p=1.0)
+  config = sampling.SamplingConfig(
+    max_new_tokens=NEW_TOKENS, temperature=0.0, top_k=0, top_p=1.0, stop=None
+  )
   generate = jax.jit(
     lambda params, prompts, key: decode.generate(
-      policy, params, prompts, key, config=config, stop_ids=(tokenizer.eos_id,), pad_id=0
+      policy,
+      params,
+      prompts,
+      key,
+      config=config,
+      stops=sampling.Stops((tokenizer.eos_id,)),
+      pad_id=0,
     )
   )
   completion = generate(params, PromptBatch(tokens, mask), jax.random.key(0))
