@@ -1,6 +1,7 @@
 """The stages at work: what they warn of, and where the reward model's zero is."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -69,14 +70,18 @@ def test_the_judges_verdict_is_the_mean_score_of_sampled_answers(tiny_run, tmp_p
   iterate.save(tiny_run, tmp_path / "reward_model", model)
   verdict = phases.scored_by(tiny_run, str(tmp_path / "reward_model"))(policy)
   responder, _ = phases.sampler(tiny_run, 0)
+  score = jax.jit(functools.partial(reward.score_sequences, tiny_run.scalar, model))
   prompts = [p.conversation for p in tiny_run.data.prompts("heldout")][:20]
   scores = []
   for i, batch in enumerate(responder.prompt_batches(prompts)):
     key = jax.random.fold_in(tiny_run.key("sft", "judge"), i)
     done = responder.generate(policy, batch, key)
-    tokens = np.concatenate([batch.tokens, done.tokens], axis=1)
-    mask = np.concatenate([batch.mask, done.mask], axis=1)
-    scores += reward.score_sequences(tiny_run.scalar, model, tokens, mask).tolist()
+    for b in range(len(done.tokens)):
+      answer = done.tokens[b][done.mask[b] > 0].tolist()
+      eos = tiny_run.tokenizer.eos_id
+      whole = batch.tokens[b][batch.mask[b] > 0].tolist() + answer + [eos] * (answer[-1] != eos)
+      tokens, mask = tiny.right_padded([whole], 80)
+      scores += score(tokens, mask).tolist()
   np.testing.assert_allclose(verdict, np.mean(scores[:20]), rtol=1e-4)
   with pytest.raises(UserError, match="no parameters to load"):
     phases.scored_by(tiny_run, str(tmp_path / "nothing"))

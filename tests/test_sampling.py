@@ -214,7 +214,9 @@ def test_stop_tokens_are_found_in_the_vocabulary_beside_the_eos(words):
 
 @pytest.mark.parametrize("text", ["two words", "unheard-of", ""])
 def test_a_stop_text_that_is_not_one_token_is_named(words, text):
-  with pytest.raises(UserError, match=re.escape(f"stop.tokens: no token of this vocabulary reads {text!r}")):
+  with pytest.raises(
+    UserError, match=re.escape(f"stop.tokens: no token of this vocabulary reads {text!r}")
+  ):
     sampling.find_stops(config(stop=StopConfig((text,), 0)), words)
 
 
