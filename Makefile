@@ -3,6 +3,7 @@
 #   make demo        the whole recipe on the village, then read runs/village/report.html
 #   make test        the tests
 #   make lint        ruff
+#   make matrix      every stage on every mesh of eight devices, and in several processes
 #   make reference   the tests against PyTorch, TRL and rlax (installs them)
 #   make weights     SmolLM2-135M-Instruct, for configs/hh.py:smollm2
 #   make conformance writes docs/conformance.md from the tests' markers
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WEIGHTS ?= $(or $(RLHF_JAX_WEIGHTS),$(HOME)/.cache/rlhf_jax/weights)
 
-.PHONY: demo test lint reference weights conformance clean
+.PHONY: demo test matrix lint reference weights conformance clean
 
 demo: $(VENV)/core
 	$(BIN)/python experiments/chatgpt.py --config=configs/village.py --workdir=runs/village
@@ -23,6 +24,9 @@ test: $(VENV)/test
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+matrix: $(VENV)/test
+	$(BIN)/python -m pytest -m matrix $(PYTEST)
 
 reference: $(VENV)/reference
 	$(BIN)/python -m pytest -m reference $(PYTEST)

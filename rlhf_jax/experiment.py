@@ -24,8 +24,8 @@ from rlhf_jax.generation.sampling import SamplingConfig, find_stops
 from rlhf_jax.labelers.simulated import LabelerConfig
 from rlhf_jax.networks import heads, pretrained
 from rlhf_jax.networks.transformer import ModelConfig
+from rlhf_jax.parallel import hosts, rules
 from rlhf_jax.parallel import mesh as mesh_lib
-from rlhf_jax.parallel import rules
 from rlhf_jax.text import dialogue
 from rlhf_jax.text import tokenizer as tokenizer_lib
 from rlhf_jax.text.tokenizer import Tokenizer
@@ -178,8 +178,9 @@ def start(config: Any, workdir: str | pathlib.Path) -> Run:
   mesh = mesh_lib.make(built.mesh)
   check_batches(built, mesh)
   check_workdir(built, workdir)
-  data = sources.load(built.data)
-  tokenizer = find_tokenizer(built, data, workdir)
+  with hosts.first_goes_first("data and tokenizer"):
+    data = sources.load(built.data)
+    tokenizer = find_tokenizer(built, data, workdir)
   if tokenizer.vocab_size > built.model.vocab_size:
     raise UserError(
       f"config model.vocab_size: {built.model.vocab_size} is smaller than the tokenizer's "
@@ -189,7 +190,9 @@ def start(config: Any, workdir: str | pathlib.Path) -> Run:
   for section in (built.comparisons, built.ppo.rollout):
     find_stops(section.sampling, tokenizer)
   check_prompts(run)
-  files.write_json_atomic(workdir / "config.json", config_lib.to_dict(built))
+  if hosts.is_first():
+    files.write_json_atomic(workdir / "config.json", config_lib.to_dict(built))
+  hosts.wait("started")
   return run
 
 
@@ -250,7 +253,8 @@ def find_tokenizer(
   if name not in ("village", "train"):
     return Tokenizer.load(name, eos=template.end)
   folder, fresh = workdir / "tokenizer", workdir / "tmp-tokenizer"
-  if not (workdir / "config.json").exists() or differs(config, workdir):
+  is_new = not (workdir / "config.json").exists() or differs(config, workdir)
+  if is_new and hosts.is_first():
     make = village_tokenizer if name == "village" else train_tokenizer
     make(config, data).save(fresh)
     files.replace_directory(fresh, folder)

@@ -11,6 +11,7 @@ import numpy as np
 from rlhf_jax.data import batches, rows
 from rlhf_jax.data.records import Demonstration, Split, Text
 from rlhf_jax.experiment import Run
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.types import Params
 
@@ -73,14 +74,8 @@ def experience_stream(run: Run, split: Split) -> Callable[[int], Iterator]:
 
 
 def host_batches(run: Run, sources: Sequence[batches.Source], batch_size: int) -> batches.Batches:
-  """This process's part of an endless, shuffled mixture."""
-  return batches.endless(
-    sources,
-    batch_size,
-    seed=run.config.seed,
-    shard_index=jax.process_index(),
-    shard_count=jax.process_count(),
-  )
+  """An endless, shuffled mixture."""
+  return batches.endless(sources, batch_size, seed=run.config.seed)
 
 
 def batch_stream(
@@ -101,11 +96,11 @@ def draw(some: Sequence, count: int | None, seed: int) -> list:
 
 def summed(run: Run, measure: Callable, heldout: rows.Rows, batch_size: int) -> Callable:
   """`params -> sums`: what `measure(params, batch)` gives, added up over all held-out rows."""
-  measure = jax.jit(measure)
+  measure = mesh_lib.jit(measure, run.mesh)
   on_mesh = [mesh_lib.put_batch(run.mesh, b) for b in batches.once(heldout, batch_size)]
 
   def over_all(params: Params) -> dict[str, Any]:
-    sums = [jax.device_get(measure(params, batch)) for batch in on_mesh]
+    sums = [hosts.whole(measure(params, batch)) for batch in on_mesh]
     return jax.tree.map(lambda *parts: sum(parts).tolist(), *sums)
 
   return over_all

@@ -53,13 +53,13 @@ def fit(
     unit=stage.unit,
     shown=stage.shown,
   )
-  heldout = metrics.Jsonl(stage.directory / "heldout.jsonl", after=restored.step)
-  with recording as writers, heldout:
+  heldout = metrics.heldout(stage.directory, after=restored.step)
+  with recording as writers, heldout as write_heldout:
     guard = loop.finite_guard(checkpoints.describe_latest)
 
     def assess(step, state, _):
       figures = evaluate(state)
-      heldout(step, figures)
+      write_heldout(step, figures)
       guard(step, figures)  # a state that fails here is none to go back to
       checkpoints.save(step, state, score=figures.get("score"))
 

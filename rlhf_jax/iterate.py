@@ -26,6 +26,7 @@ from rlhf_jax.evaluation import measure
 from rlhf_jax.experiment import Run
 from rlhf_jax.labelers import gold as gold_lib
 from rlhf_jax.labelers import simulated
+from rlhf_jax.parallel import hosts
 from rlhf_jax.standing import Result, is_done, phase, said
 from rlhf_jax.training import checkpoint, files
 from rlhf_jax.types import Params
@@ -91,7 +92,8 @@ def compare(run: Run, round_name: str, policy: str, truth: gold_lib.Gold) -> Res
         config, responder, params, prompts, key, labelers=labelers, author=policy
       )
       lines = [json.dumps(records.to_json(record)) + "\n" for record in found]
-      files.write_text_atomic(folder / f"{side}.jsonl", "".join(lines))
+      if hosts.is_first():
+        files.write_text_atomic(folder / f"{side}.jsonl", "".join(lines))
       result[side] = {
         "file": f"{round_name}/comparisons/{side}.jsonl",
         "comparisons": [record.identity for record in found],
@@ -184,7 +186,9 @@ def write_lineage(run: Run) -> dict[str, Any]:
       if is_done(run, f"round_{number}/ppo")
     ],
   }
-  files.write_json_atomic(run.workdir / "lineage.json", lineage)
+  if hosts.is_first():
+    files.write_json_atomic(run.workdir / "lineage.json", lineage)
+  hosts.wait("lineage")
   return lineage
 
 

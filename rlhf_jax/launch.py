@@ -50,6 +50,18 @@ class Option:
   help: str
 
 
+REQUEUE = 75  # exit status of a run that can go on later, sysexits.h's EX_TEMPFAIL
+PROCESSES = {  # which every experiment has
+  "coordinator": Option(
+    "auto",
+    "HOST:PORT of the first of several processes; auto asks SLURM, Open MPI or the TPU pod, none "
+    "runs alone",
+  ),
+  "processes": Option(1, "how many processes there are, where --coordinator is an address"),
+  "process": Option(0, "which of them this is, from 0"),
+}
+
+
 def prepare() -> None:
   """Sets this process up for a fast start; on a CPU it may re-execute it, once.
 
@@ -118,30 +130,42 @@ def run(
 
     python experiments/X.py --config=configs/village.py[:arg] --workdir=W [--config.a.b=value ...]
 
+  Of a run of several processes, each calls it with the same arguments beside its own number; see
+  `hosts.start`.
+
   `main` gets a locked ConfigDict and a `pathlib.Path` (None for one that it does not need and that
   is not given), and each of its `options` by name. A `UserError` becomes one message on stderr and
   exit status 2; any other exception is a bug and keeps its traceback.
   """
-  from rlhf_jax import config as config_lib  # here, since it imports jax
+  from rlhf_jax import config as config_lib  # here, since they import jax
+  from rlhf_jax.parallel import hosts
   from rlhf_jax.types import UserError
 
   argv = sys.argv[1:] if argv is None else argv
-  options = options or {}
+  options = PROCESSES | (options or {})
   if "--help" in argv or "-h" in argv:
     doc = sys.modules[main.__module__].__doc__ or ""
     sys.stdout.write(f"{doc}\n{_usage(options, needs)}\n{_describe(options)}\n")
     return
   try:
     values, rest = take_options(argv, options)
+    hosts.start(values.pop("coordinator"), values.pop("processes"), values.pop("process"))
     path, workdir, overrides = parse(rest, options, needs)
     config = config_lib.load(path, overrides) if path else None
-    main(config, pathlib.Path(workdir) if workdir else None, **values)
+    with hosts.first_speaks():
+      main(config, pathlib.Path(workdir) if workdir else None, **values)
   except UserError as error:
-    sys.stderr.write(f"error: {error}\n")
-    sys.exit(2)
+    hosts.leave(2, f"error: {error}")
   except KeyboardInterrupt:
-    sys.stderr.write("interrupted; the same command goes on from the last checkpoint.\n")
-    sys.exit(130)
+    hosts.leave(130, "interrupted; the same command goes on from the last checkpoint.")
+  except Exception as error:
+    if not hosts.is_lost(error):
+      raise
+    hosts.leave(
+      REQUEUE,
+      f"error: another process of this run has died or cannot be reached ({str(error)[:200]}). "
+      "Start all of them again: the same commands go on from the last checkpoint.",
+    )
 
 
 def take_options(argv: list[str], options: dict[str, Option]) -> tuple[dict, list[str]]:

@@ -21,7 +21,8 @@ from rlhf_jax.experiment import Run
 from rlhf_jax.fit import Stage, fit
 from rlhf_jax.generation.respond import Responder
 from rlhf_jax.networks import heads
-from rlhf_jax.parallel import rules
+from rlhf_jax.parallel import hosts, rules
+from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.training import checkpoint, optim
 from rlhf_jax.types import Metrics, Params, TokenBatch
 
@@ -203,7 +204,7 @@ def train_policy(
     if config.ema_decay:
       of_ema = ppo.evaluate(answer(state.ema))
       figures |= {f"{name}_ema": value for name, value in of_ema.items()}
-    return {name: float(value) for name, value in jax.device_get(figures).items()}
+    return {name: float(value) for name, value in hosts.whole(figures).items()}
 
   stage = Stage(
     name="ppo",
@@ -244,16 +245,15 @@ def sampler(run: Run, stem_blocks: int) -> tuple[Responder, Callable]:
   """
   config = run.config.ppo.rollout
   responder = run.responder(config.sampling, config.prompt_length, config.batch_size)
-  score = jax.jit(
-    functools.partial(
-      rollout.score,
-      run.policy,
-      run.scalar,
-      temperature=config.sampling.temperature,
-      eos_id=run.tokenizer.eos_id,
-      stem_blocks=stem_blocks,
-    )
+  score = functools.partial(
+    rollout.score,
+    run.policy,
+    run.scalar,
+    temperature=config.sampling.temperature,
+    eos_id=run.tokenizer.eos_id,
+    stem_blocks=stem_blocks,
   )
+  score = mesh_lib.jit(score, run.mesh)
 
   def sample(policy: Params, critic: Params, judges: rollout.Judges, prompts, key):
     return score(judges, critic, prompts, responder.generate(policy, prompts, key))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.experiment import Run
+from rlhf_jax.parallel import hosts
 from rlhf_jax.training import files
 from rlhf_jax.types import UserError
 
@@ -23,12 +24,16 @@ MAKERS = {"sft": "sft", "comparisons": "label", "reward": "reward", "ppo": "ppo"
 def phase(run: Run, name: str, work: Callable[[pathlib.Path], Result]) -> Result:
   """Does `work(folder)` unless it is done; what it returns is kept in the folder's done.json."""
   marker = run.workdir / name / "done.json"
-  if not marker.exists():
-    (run.workdir / name).mkdir(parents=True, exist_ok=True)
+  is_due = not marker.exists()
+  hosts.wait(f"whether {name} is due")
+  if is_due:
+    marker.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    result = work(run.workdir / name)
+    result = work(marker.parent)
     seconds = round(time.monotonic() - began, 1)
-    files.write_json_atomic(marker, {"seconds": seconds, "result": result})
+    if hosts.is_first():
+      files.write_json_atomic(marker, {"seconds": seconds, "result": result})
+    hosts.wait(f"{name} is done")
   return files.read_json(marker)["result"]
 
 

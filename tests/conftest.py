@@ -19,11 +19,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")  # broadcasting is writte
 
 
 def pytest_collection_modifyitems(config, items):
-  """Leaves out the tests marked `reference` where PyTorch is not installed."""
+  """Leaves out the tests marked `matrix` unless -m asks for them, and those marked `reference`
+  where PyTorch is not installed."""
+  left_out = set() if "matrix" in config.option.markexpr else {"matrix"}
   if importlib.util.find_spec("torch") is None:
-    kept = [item for item in items if item.get_closest_marker("reference") is None]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    left_out.add("reference")
+  marks = lambda item: {mark.name for mark in item.iter_markers()}
+  kept = [item for item in items if not marks(item) & left_out]
+  config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+  items[:] = kept
 
 
 def _folder(variable: str) -> pathlib.Path:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import config as config_lib
+from rlhf_jax import launch
 from rlhf_jax.generation.sampling import SamplingConfig
 from rlhf_jax.training import checkpoint
 
@@ -48,15 +50,28 @@ def experiment(name):
   return sys.modules[module_name]
 
 
-def start(name, *args, **kwargs):
-  """A process of its own, as a user starts it: two CPU devices, whatever this one has."""
+def start(name, *args, devices=2, **kwargs):
+  """An experiment in a process of its own, as a user starts it."""
+  return spawn(ROOT / "experiments" / f"{name}.py", *args, devices=devices, **kwargs)
+
+
+def spawn(script, *args, devices, **kwargs):
+  """A Python process with so many CPU devices, whatever this one has."""
   ours = re.compile("XLA_FLAGS|GLIBC|RLHF_JAX_(DEVICES|PREPARED)")
   environ = {key: value for key, value in os.environ.items() if not ours.match(key)}
-  environ |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "RLHF_JAX_DEVICES": "2"}
-  command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *map(str, args)]
+  environ |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "RLHF_JAX_DEVICES": str(devices)}
+  environ["XLA_FLAGS"] = launch.cpu_settings(environ, devices).get("XLA_FLAGS", "")
+  command = [sys.executable, str(script), *map(str, args)]
   return subprocess.Popen(
     command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
   )
+
+
+def free_port():
+  """A port of this machine that nobody listens on."""
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    return probe.getsockname()[1]
 
 
 def results(workdir):

@@ -40,10 +40,8 @@ def numbered(count: int) -> rows.Rows:
   return rows.Rows([(i,) for i in range(count)], build, 0)
 
 
-def endless(*sources, batch_size=4, seed=0, shard_index=0, shard_count=1) -> batches.Batches:
-  return batches.endless(
-    sources, batch_size, seed=seed, shard_index=shard_index, shard_count=shard_count
-  )
+def endless(*sources, batch_size=4, seed=0) -> batches.Batches:
+  return batches.endless(sources, batch_size, seed=seed)
 
 
 def drawn(stream: batches.Batches, count: int, start: int = 0) -> list[int]:
@@ -317,45 +315,24 @@ def test_sources_of_one_size_are_not_shuffled_alike():
   assert found[0::2] != found[1::2]
 
 
-@pytest.mark.parametrize("shard_count", [2, 4])
-def test_the_shards_of_a_batch_make_up_the_batch(shard_count):
-  two = [batches.Source("a", numbered(30), 2.0), batches.Source("b", numbered(40), 1.0)]
-  whole = endless(*two, batch_size=8)
-  shards = [
-    endless(*two, batch_size=8, shard_index=i, shard_count=shard_count) for i in range(shard_count)
-  ]
-  for step in (0, 5, 31):
-    parts = [shard.batch_at(step)["id"] for shard in shards]
-    assert all(len(part) == 8 // shard_count for part in parts)
-    interleaved = np.stack(parts, axis=1).ravel()
-    np.testing.assert_array_equal(interleaved, whole.batch_at(step)["id"])
-
-
 def test_once_goes_through_all_rows_in_order_and_fills_up_with_empty_ones():
   found = batches.once(numbered(6), 4)
   np.testing.assert_array_equal([batch["id"] for batch in found], [[0, 1, 2, 3], [4, 5, -1, -1]])
-  shards = [batches.once(numbered(6), 4, shard_index=i, shard_count=2) for i in range(2)]
-  np.testing.assert_array_equal([batch["id"] for batch in shards[1]], [[1, 3], [5, -1]])
-  assert len(shards[0]) == len(shards[1])
 
 
 @pytest.mark.parametrize(
-  ("sizes", "batch_size", "shard_count", "message"),
+  ("sizes", "batch_size", "message"),
   [
-    ((), 4, 1, "no data source"),
-    ((3,), 4, 1, "'0' has 3 rows .*share of a batch of 4 is 4"),
-    ((100, 1), 4, 1, "'1' has 1 rows .*share of a batch of 4 is 2"),
-    ((100, 0), 4, 1, "'1' has 0 rows"),
-    ((100,), 6, 4, "batch_size 6 cannot be divided among 4 processes"),
-    ((100,), 0, 1, "batch_size 0"),
+    ((), 4, "no data source"),
+    ((3,), 4, "'0' has 3 rows .*share of a batch of 4 is 4"),
+    ((100, 1), 4, "'1' has 1 rows .*share of a batch of 4 is 2"),
+    ((100, 0), 4, "'1' has 0 rows"),
   ],
 )
-def test_data_that_cannot_fill_a_batch_are_an_error_before_the_start(
-  sizes, batch_size, shard_count, message
-):
+def test_data_that_cannot_fill_a_batch_are_an_error_before_the_start(sizes, batch_size, message):
   sources = [batches.Source(str(i), numbered(size), 1.0) for i, size in enumerate(sizes)]
   with pytest.raises(UserError, match=message):
-    endless(*sources, batch_size=batch_size, shard_count=shard_count)
+    endless(*sources, batch_size=batch_size)
 
 
 def test_evaluating_on_nothing_is_an_error():

@@ -1,42 +1,27 @@
-"""One device and eight give the same numbers; what does not divide is an error that says so."""
+"""One device, eight, and several processes give the same numbers; what does not divide is an error that says so."""
 
-import functools
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
+import stages
 import tiny
 from jax.sharding import PartitionSpec
 
-from rlhf_jax import ppo, rollout, sft
-from rlhf_jax.generation import decode
-from rlhf_jax.generation.sampling import Stops
+from rlhf_jax import ppo
 from rlhf_jax.networks import heads
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
 from rlhf_jax.parallel.mesh import MeshConfig
-from rlhf_jax.rollout import Judges
-from rlhf_jax.training import optim
-from rlhf_jax.types import TokenBatch, UserError
+from rlhf_jax.types import UserError
 
-B, P = 16, 5
-MODEL = tiny.changed(tiny.MODEL, n_layers=1)
-POLICY, SCALAR = heads.Policy(MODEL), heads.ScalarNetwork(MODEL)
-MESHES = {"data=8": (8, 1, 1), "data=2, fsdp=2, tensor=2": (2, 2, 2)}
-# Adam divides by the root of v, so where a gradient is all but 0 its rounding would be blown up.
-OPTIM = tiny.changed(tiny.OPTIM, eps=1e-2)
-CONFIG = tiny.changed(
-  tiny.PPO,
-  rollout__batch_size=B,
-  epochs=1,
-  whiten_rewards=True,
-  ema_decay=0.9,
-  policy_optim=OPTIM,
-  value_optim=OPTIM,
-)
-LEARNER = ppo.make_learner(POLICY, SCALAR, CONFIG, stem_blocks=0)
+# The first two are always tested, all of them by `make matrix`.
+MESHES = [(8, 1, 1), (2, 2, 2)]
+MORE = [(1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 1, 4), (1, 4, 2), (1, 2, 4)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,110 +30,126 @@ def eight_devices():
     pytest.skip("needs eight devices: --xla_force_host_platform_device_count=8")
 
 
-@pytest.fixture(scope="module", params=MESHES)
+def name(axes):
+  return "x".join(map(str, axes))
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=name)
 def mesh(request):
-  return mesh_lib.make(MeshConfig(*MESHES[request.param]))
+  return mesh_lib.make(MeshConfig(*request.param))
 
 
 @pytest.fixture(scope="module")
-def networks():
-  return {
-    "policy": tiny.params(POLICY, 0),
-    "critic": tiny.params(SCALAR, 3),
-    "judges": Judges(tiny.params(POLICY, 1), tiny.params(SCALAR, 2)),
-  }
+def on_one_device():
+  return stages.results(stages.one_device())
 
 
 def assert_split(tree, mesh):
-  """Every matrix of `tree` is laid out as the table says; on a mixed mesh most are split."""
-  expected = rules.partition(tree, mesh)
-  jax.tree.map(
-    lambda x, s: np.testing.assert_(x.sharding.is_equivalent_to(s, x.ndim)), tree, expected
-  )
-  cut = [mesh_lib.shard_count(s, x.shape) for x, s in zip(*map(jax.tree.leaves, (tree, expected)))]
-  assert (max(cut) > 1) == (mesh.shape["fsdp"] > 1)
+  """Every array of `tree` lies as the table says, each device with its own piece and no more."""
+  for array, sharding in zip(*map(jax.tree.leaves, (tree, rules.partition(tree, mesh)))):
+    assert array.sharding.is_equivalent_to(sharding, array.ndim)
+    piece = sharding.shard_shape(array.shape)
+    assert {shard.data.shape for shard in array.addressable_shards} == {piece}
+  cut = [x.size // x.addressable_shards[0].data.size for x in jax.tree.leaves(tree)]
+  assert max(cut) == mesh.shape["fsdp"] * mesh.shape["tensor"]
 
 
-def sample(policy, critic, judges, prompts, key):
-  completion = decode.generate(
-    POLICY, policy, prompts, key, config=tiny.SAMPLING, stops=Stops((1, 2, 3)), pad_id=tiny.PAD
-  )
-  parts = (judges, critic, prompts, completion)
-  return rollout.score(POLICY, SCALAR, *parts, temperature=1.0, eos_id=tiny.EOS)
+@pytest.mark.parametrize("axes", MESHES + [pytest.param(m, marks=pytest.mark.matrix) for m in MORE],
+                         ids=name)  # fmt: skip
+def test_every_stage_gives_the_same_on_one_device_and_on_eight(axes, on_one_device):
+  found = stages.results(mesh_lib.make(MeshConfig(*axes)))
+  tiny.assert_trees_close(found, on_one_device, rtol=1e-5, atol=1e-5)
+  names = {path.split("/")[0] for path in found}
+  assert names == {"sft", "reward", "rollouts", "ppo"}
 
 
-@pytest.fixture(scope="module")
-def on_one_device(networks):
-  """SFT state and metrics, rollout, PPO state and metrics, on the first device alone."""
-  state, batch = sft_start(networks)
-  supervised = jax.jit(sft_step)(state, batch)
-  parts = (networks["policy"], networks["critic"], networks["judges"])
-  seen = jax.jit(sample)(*parts, tiny.mixed_prompts(B, P, 0), jax.random.key(5))
-  return supervised, seen, jax.jit(ppo_step)(ppo_start(networks), seen)
-
-
-def sft_start(networks):
-  optimizer = optim.make(OPTIM, 10)
-  tokens, ones = tiny.random_tokens((B, 8), 1), np.ones((B, 8))
-  places = np.tile(np.arange(8, dtype=np.int32), (B, 1))
-  mask = (np.arange(8)[None, :] > np.arange(B)[:, None] % 5).astype(np.float32)
-  batch = TokenBatch(tokens, ones.astype(np.int32), places, mask)
-  return sft.init(jax.tree.map(jnp.copy, networks["policy"]), optimizer), batch
-
-
-def sft_step(state, batch, micro_batches=1):
-  optimizer = optim.make(OPTIM, 10)
-  return sft.step(state, batch, {}, policy=POLICY, optimizer=optimizer, micro_batches=micro_batches)
-
-
-def ppo_start(networks):
-  copies = jax.tree.map(jnp.copy, (networks["policy"], networks["critic"]))
-  return ppo.init(LEARNER, *copies, jax.random.key(5))
-
-
-def ppo_step(state, seen):
-  return ppo.update(state, ({}, {}), seen, None, LEARNER)
-
-
-def assert_close(got, expected):
-  """To 1e-5 on every leaf; PRNG keys bit by bit."""
-  raw = lambda tree: jax.tree.map(
-    lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, tree
-  )
-  tiny.assert_trees_close(raw(got), raw(expected), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_step_of_sft_is_the_same_on_one_device_and_on_eight(
-  networks, mesh, on_one_device, micro_batches
+@pytest.mark.matrix
+@pytest.mark.parametrize(("count", "axes"), [(2, (2, 2, 2)), (4, (1, 4, 2))])
+def test_every_stage_gives_the_same_in_one_process_and_in_several(
+  count, axes, on_one_device, tmp_path
 ):
-  state, batch = sft_start(networks)
-  state = rules.place(state, mesh)
-  step = functools.partial(sft_step, micro_batches=micro_batches)
-  step = rules.compile_step(step, state, mesh)
-  state, metrics = step(state, mesh_lib.put_batch(mesh, batch))
+  output = tmp_path / "found.npz"
+  coordinator = f"localhost:{runs.free_port()}"
+  running = [
+    runs.spawn(stages.__file__, coordinator, count, i, *axes, output, devices=8 // count)
+    for i in range(count)
+  ]
+  for process in running:
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+  with np.load(output) as found:
+    tiny.assert_trees_close(dict(found), on_one_device, rtol=1e-5, atol=1e-5)
+
+
+def test_micro_batches_on_a_mesh_give_the_whole_batch(mesh):
+  whole, parts = (stages.supervised(mesh, micro_batches=n) for n in (1, 2))
+  found, expected = (stages.flat(step(state, batch)) for step, state, batch in (parts, whole))
+  tiny.assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_states_stay_split_from_step_to_step(mesh):
+  step, state, batch = stages.supervised(mesh)
+  state, _ = step(state, batch)
   assert_split(state.params, mesh)
-  assert_close((state, metrics), on_one_device[0])
+  step, state = stages.improved(mesh)
+  state, _ = step(state, stages.rollouts(mesh))
+  for tree in (state.policy, state.critic, state.ema):
+    assert_split(tree, mesh)
 
 
-def test_rollouts_are_the_same_on_one_device_and_on_eight(networks, mesh, on_one_device):
-  placed = rules.place(networks, mesh)
-  prompts = mesh_lib.put_batch(mesh, tiny.mixed_prompts(B, P, 0))
-  key = mesh_lib.put_replicated(mesh, jax.random.key(5))
-  parts = (placed["policy"], placed["critic"], placed["judges"])
-  seen = jax.jit(sample)(*parts, prompts, key)
-  np.testing.assert_array_equal(seen.responses, on_one_device[1].responses)
-  assert_close(seen, on_one_device[1])
+# What the compiler sends from device to device.
 
 
-def test_an_update_of_ppo_is_the_same_on_one_device_and_on_eight(networks, mesh, on_one_device):
-  state = rules.place(ppo_start(networks), mesh)
-  step = rules.compile_step(ppo_step, state, mesh)
-  seen = mesh_lib.put_batch(mesh, jax.device_get(on_one_device[1]))
-  state, metrics = step(state, seen)
-  assert_split(state.critic, mesh)
-  assert_split(state.ema, mesh)
-  assert_close((state, metrics), on_one_device[2])
+def sent(compiled, kind):
+  """Bytes of the largest piece that each `kind` of collective brings to a device."""
+  shapes = re.findall(
+    rf"= \(?([a-z0-9]+)\[([0-9,]*)\][^=]*? {kind}(?:-start)?\(", compiled.as_text()
+  )
+  sizes = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "bf16": 2}
+  return [
+    sizes[dtype] * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in shapes
+  ]
+
+
+def compiled_sft(axes, **changes):
+  mesh = mesh_lib.make(MeshConfig(*axes))
+  policy = heads.Policy(tiny.changed(stages.MODEL, **changes))
+  step, state, batch = stages.supervised(mesh, policy=policy)
+  return step.lower(state, batch).compile(), state
+
+
+def test_where_only_the_batch_is_split_no_parameter_is_gathered():
+  compiled, state = compiled_sft((8, 1, 1))
+  smallest = min(x.nbytes for x in jax.tree.leaves(state.params) if x.ndim > 1)
+  assert not [size for size in sent(compiled, "all-gather") if size >= smallest]
+  assert sent(compiled, "all-reduce")  # of the gradients
+
+
+def test_where_tensors_are_split_no_kernel_is_gathered():
+  compiled, state = compiled_sft((1, 1, 8))
+  assert not [size for size in sent(compiled, "all-gather") if size >= kernel(state)]
+
+
+def test_fsdp_gathers_a_layer_at_a_time_never_the_whole_model():
+  layers = 4
+  compiled, state = compiled_sft((1, 8, 1), n_layers=layers, compute__scan_layers=True)
+  gathered = sent(compiled, "all-gather")
+  assert gathered and max(gathered) <= max(kernel(state), table(state))
+  assert layers * kernel(state) > max(kernel(state), table(state))  # or the line above says nothing
+
+
+def kernel(state):
+  """Bytes of the largest kernel of one layer."""
+  return max(
+    x.nbytes // (len(x) if "blocks" in rules.path_name(path) else 1)
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params)
+    if "block" in rules.path_name(path)
+  )
+
+
+def table(state):
+  """Bytes of the embedding."""
+  return state.params["trunk"]["embed"]["embedding"].nbytes
 
 
 # The mesh.
@@ -192,7 +193,7 @@ def test_a_batch_is_split_over_the_batch_axes(mesh):
 def test_the_table_covers_whole_train_states_of_both_layouts(mesh, scan_layers):
   config = tiny.changed(tiny.MODEL, compute__scan_layers=scan_layers)
   policy, scalar = heads.Policy(config), heads.ScalarNetwork(config)
-  learner = ppo.make_learner(policy, scalar, CONFIG, stem_blocks=0)
+  learner = ppo.make_learner(policy, scalar, stages.CONFIG, stem_blocks=0)
 
   def start(key):
     return ppo.init(learner, heads.init(policy, key), heads.init(scalar, key), key)

@@ -3,7 +3,8 @@
 `endless` shuffles each source anew in every epoch, mixes sources by weight and never ends;
 `batch_at(step)` is a pure function of the settings and the step, so a run that is resumed at step n
 sees exactly what an undisturbed one would have seen. `once` goes through rows in order, for
-evaluation. Both give each process its own rows of every batch.
+evaluation. Both give every process of a multi-host run whole batches, of which it puts its own rows
+on its devices (`mesh.put_batch`); so the order does not depend on how many processes there are.
 """
 
 import collections.abc
@@ -51,47 +52,40 @@ def endless(
   batch_size: int,
   *,
   seed: int,
-  shard_index: int,
-  shard_count: int,
 ) -> Batches:
   """Shuffled, mixed batches without end.
 
   Args:
     sources: rows of one kind and one shape. Of every few consecutive rows, each source gives its
       share; a small source is repeated, reshuffled, more often than a large one.
-    batch_size: B, over all processes.
+    batch_size: B, at least 1.
     seed: of the order.
-    shard_index: which process this is. It gets rows `shard_index`, `shard_index + shard_count`, ...
-      of each batch.
-    shard_count: how many processes there are.
 
   Raises:
-    UserError: no source, an empty one, one too small to give a batch its share without repeating a
-      row, or a batch size that the processes cannot divide.
+    UserError: no source, an empty one, or one too small to give a batch its share without repeating
+      a row.
   """
-  _check(sources, batch_size, shard_count)
+  _check(sources, batch_size)
   datasets = []
   for i, source in enumerate(sources):
     order = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
     datasets.append(grain.MapDataset.source(source.rows).shuffle(seed=order).repeat())
   mixed = grain.MapDataset.mix(datasets, [source.weight for source in sources])
-  mine = mixed[shard_index::shard_count]
   rows = sum(len(source.rows) for source in sources)
-  return Batches(mine.batch(batch_size // shard_count, batch_fn=stack), rows // batch_size)
+  return Batches(mixed.batch(batch_size, batch_fn=stack), rows // batch_size)
 
 
-def once(rows: Rows, batch_size: int, *, shard_index: int = 0, shard_count: int = 1) -> list[Any]:
+def once(rows: Rows, batch_size: int) -> list[Any]:
   """All rows in order; the last batch is filled up with rows that hold nothing.
 
   Raises:
-    UserError: there are no rows, or the processes cannot divide the batch size.
+    UserError: there are no rows.
   """
-  _check_shards(batch_size, shard_count)
   if not len(rows):
     raise UserError("there is nothing to evaluate on: no held-out record is left.")
   batches = []
   for start in range(0, len(rows), batch_size):
-    indices = range(start + shard_index, start + batch_size, shard_count)
+    indices = range(start, start + batch_size)
     batches.append(stack([rows[i] if i < len(rows) else rows.empty for i in indices]))
   return batches
 
@@ -101,8 +95,7 @@ def stack(rows: collections.abc.Sequence[Any]) -> Any:
   return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
-def _check(sources: collections.abc.Sequence[Source], batch_size: int, shard_count: int) -> None:
-  _check_shards(batch_size, shard_count)
+def _check(sources: collections.abc.Sequence[Source], batch_size: int) -> None:
   if not sources:
     raise UserError("there is no data source to draw batches from; configure at least one.")
   total = sum(source.weight for source in sources)
@@ -116,11 +109,3 @@ def _check(sources: collections.abc.Sequence[Source], batch_size: int, shard_cou
         f"did not fit), but its share of a batch of {batch_size} is {needed}; use a smaller "
         "batch_size, a lower weight or more data."
       )
-
-
-def _check_shards(batch_size: int, shard_count: int) -> None:
-  if batch_size < 1 or batch_size % shard_count:
-    raise UserError(
-      f"batch_size {batch_size} cannot be divided among {shard_count} processes; "
-      f"use a multiple of {shard_count}."
-    )

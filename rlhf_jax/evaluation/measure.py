@@ -9,6 +9,7 @@ import numpy as np
 from rlhf_jax import rollout
 from rlhf_jax.experiment import Run
 from rlhf_jax.labelers.gold import Gold
+from rlhf_jax.parallel import hosts
 from rlhf_jax.phases import sampler
 from rlhf_jax.types import Params, Rollout
 
@@ -53,7 +54,7 @@ def measure(run: Run, policy: Params, judges: rollout.Judges, gold: Gold) -> dic
 
 def rows_of(seen: Rollout, replies: Sequence) -> list[dict[str, Any]]:
   """Each row of a rollout as text and numbers."""
-  seen = jax.device_get(seen)
+  seen = hosts.whole(seen.replace(stream=None))
   kl = np.sum(np.where(seen.mask > 0, seen.logprobs - seen.ref_logprobs, 0.0), axis=1)
   return [
     {

@@ -13,6 +13,7 @@ from rlhf_jax.evaluation.artifacts import Artifacts, Policy
 from rlhf_jax.evaluation.curves import MOST_POINTS, stages
 from rlhf_jax.evaluation.page import Html, h, page
 from rlhf_jax.evaluation.tables import color, fixed, with_error
+from rlhf_jax.parallel import hosts
 from rlhf_jax.training import files
 
 DIALOGUES_SHOWN = 9  # the others are folded away
@@ -26,7 +27,8 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
   """
   run = artifacts.read(workdir)
   path = run.workdir / "report.html"
-  files.write_text_atomic(path, render(run))
+  if hosts.is_first():
+    files.write_text_atomic(path, render(run))
   return path
 
 

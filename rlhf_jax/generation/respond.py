@@ -11,6 +11,7 @@ from rlhf_jax.data import batches, rows
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.generation import decode, sampling
 from rlhf_jax.networks import heads
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.text import dialogue
 from rlhf_jax.text.messages import Conversation
@@ -51,16 +52,15 @@ class Responder:
   @functools.cached_property
   def generate(self) -> Callable:
     """The compiled `(params, prompts, key) -> Completion`."""
-    return jax.jit(
-      functools.partial(
-        decode.generate,
-        self.policy,
-        config=self.sampling,
-        stops=self.stops,
-        pad_id=self.tokenizer.pad_id,
-        samples=self.samples,
-      )
+    generate = functools.partial(
+      decode.generate,
+      self.policy,
+      config=self.sampling,
+      stops=self.stops,
+      pad_id=self.tokenizer.pad_id,
+      samples=self.samples,
     )
+    return mesh_lib.jit(generate, self.mesh)
 
   def fits(self, conversation: Conversation) -> bool:
     """Whether the conversation, perhaps without its oldest turns, fits into `prompt_length`."""
@@ -83,7 +83,7 @@ class Responder:
 
   def decode(self, tokens, mask, finished) -> list[Reply]:
     """Every row [B, R] as text."""
-    tokens, mask, finished = jax.device_get((tokens, mask, finished))
+    tokens, mask, finished = hosts.whole((tokens, mask, finished))
     return [
       Reply(
         dialogue.decode_response(ids[live > 0], self.template, self.tokenizer),

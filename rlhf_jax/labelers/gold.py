@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,6 +16,7 @@ from rlhf_jax import reward
 from rlhf_jax.data import batches, packing, rows, village
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.networks import heads
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.text import dialogue
 from rlhf_jax.text.dialogue import ChatTemplate
@@ -73,7 +73,7 @@ class Scorer:
 
   @functools.cached_property
   def _score(self) -> Callable:
-    return jax.jit(functools.partial(reward.score_answers, self.network))
+    return mesh_lib.jit(functools.partial(reward.score_answers, self.network), self.mesh)
 
   def score(
     self, params: Params, conversation: Conversation, answers: Sequence[str]
@@ -117,7 +117,7 @@ class Scorer:
       pad_id=self.tokenizer.pad_id,
     )
     batch = batches.stack([build(group) for group in groups + [[]] * (count - len(groups))])
-    scores = np.asarray(self._score(params, mesh_lib.put_batch(self.mesh, batch)))
+    scores = hosts.whole(self._score(params, mesh_lib.put_batch(self.mesh, batch)))
     return scores[batch.valid > 0].tolist()
 
 

@@ -4,8 +4,8 @@ RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021, the "rotate h
 Hugging Face checkpoints use), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020).
 
 The module maps tokens to hidden states; heads are in `heads.py`. It never names a device: sharding
-is a table over parameter paths (`parallel/rules.py`). The key-value cache is an argument and a
-result, so decoding is a pure function.
+is in tables over the paths of parameters and the names of activations (`parallel/rules.py`). The
+key-value cache is an argument and a result, so decoding is a pure function.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.config import Positive, PositiveInt
+from rlhf_jax.parallel.rules import constrain
 from rlhf_jax.types import UserError
 
 MASKED = -1e30  # finite, so that a row of padding yields finite (unused) numbers and gradients
@@ -171,7 +172,7 @@ class Attention(nn.Module):
       # The barrier keeps XLA from fusing the update into its readers, which would need the old
       # cache as well and so copy every layer's cache on every decoded token.
       key, value = jax.lax.optimization_barrier((key, value))
-    mixed = attend(query, key, value, mask)
+    mixed = constrain(attend(query, key, value, mask), "heads")
     out = nn.DenseGeneral(
       c.d_model,
       axis=(-2, -1),
@@ -211,8 +212,9 @@ class Block(nn.Module):
     mixed, layer_cache = Attention(self.config, name="attn")(
       norm("attn_norm")(x), layer_cache, index, mask, angles
     )
-    x = x + mixed
-    return x + MLP(self.config, name="mlp")(norm("mlp_norm")(x)), layer_cache
+    x = constrain(x + mixed, "stream")
+    x = x + MLP(self.config, name="mlp")(norm("mlp_norm")(x))
+    return constrain(x, "stream"), layer_cache
 
 
 class Transformer(nn.Module):
@@ -267,7 +269,7 @@ class Transformer(nn.Module):
       cache = cache.replace(segments=written)
     mask = attention_mask(segments, cache, branches)
     angles = rotary(positions, self.config.head_dim, self.config.rope_base)
-    x = inputs if first_block else self.embed(inputs)
+    x = inputs if first_block else self._embed(inputs)
     x, keys_values = self._layers(x, cache, mask, angles, first_block, self.config.n_layers)
     if cache is not None:
       keys, values = keys_values
@@ -278,7 +280,7 @@ class Transformer(nn.Module):
     """The stream [B, T, D] after the first `blocks` blocks, to share between networks."""
     angles = rotary(positions, self.config.head_dim, self.config.rope_base)
     mask = attention_mask(segments, None)
-    return self._layers(self.embed(tokens), None, mask, angles, 0, blocks)[0]
+    return self._layers(self._embed(tokens), None, mask, angles, 0, blocks)[0]
 
   def _layers(self, x, cache, mask, angles, first, stop):
     """Blocks first .. stop - 1 in turn; returns the stream and their updated keys and values."""
@@ -294,8 +296,16 @@ class Transformer(nn.Module):
     return x, None if cache is None else tuple(zip(*updated))
 
   def attend_to_vocabulary(self, hidden):
-    """Logits by the transposed embedding, for tied heads. [B, T, D] to [B, T, V]."""
-    return self.embed.attend(hidden)
+    """Logits by the transposed embedding, for tied heads. [..., D] to [..., V]."""
+    return hidden @ self._table().T
+
+  def _embed(self, tokens):
+    """The stream [B, T, D] before the first block."""
+    return constrain(jnp.take(self._table(), tokens, axis=0), "stream")
+
+  def _table(self):
+    """The embedding [V, D] in the compute dtype, its rows whole."""
+    return constrain(self.embed.embedding.astype(self.config.compute.dtype), "table")
 
 
 def _normal(n_layers: int | None = None):

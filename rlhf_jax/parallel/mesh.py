@@ -6,10 +6,14 @@ other numbers.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.config import PositiveInt, Range
@@ -46,6 +50,23 @@ def make(config: MeshConfig) -> Mesh:
   return jax.make_mesh((data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), axis_types)
 
 
+def jit(function: Callable, mesh: Mesh, **options) -> Callable:
+  """`jax.jit` for a mesh: inside, `rules.constrain` knows the axes. It has a `lower` too."""
+  compiled = jax.jit(function, **options)
+
+  def on_mesh(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+      with jax.set_mesh(mesh):
+        return method(*args, **kwargs)
+
+    return call
+
+  call = on_mesh(compiled)
+  call.lower = on_mesh(compiled.lower)
+  return call
+
+
 def batch_devices(mesh: Mesh) -> int:
   """Over how many devices a batch is split."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
@@ -68,13 +89,27 @@ def check_batch(mesh: Mesh, size: int, name: str) -> None:
 
 
 def put_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
-  """Host arrays onto the mesh, one axis (the leading one) split over the batch axes."""
-  return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(*(None,) * axis, *BATCH)))
+  """Host arrays onto the mesh, one axis (the leading one) split over the batch axes.
+
+  Of several processes, each gives the whole batch and puts the rows of its own devices in place.
+  """
+  sharding = NamedSharding(mesh, PartitionSpec(*(None,) * axis, *BATCH))
+  return jax.tree.map(lambda x: put(x, sharding), batch)
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:
   """Host arrays onto every device of the mesh."""
-  return jax.device_put(tree, replicated(mesh))
+  return jax.tree.map(lambda x: put(x, replicated(mesh)), tree)
+
+
+def put(x: Any, sharding: NamedSharding) -> jax.Array:
+  """An array that every process has whole, laid out over the devices of all; or moved to there."""
+  if sharding.is_fully_addressable or isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return jax.device_put(x, sharding)
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding))
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def shard_count(sharding: NamedSharding, shape: tuple[int, ...]) -> int:

@@ -7,13 +7,14 @@ parameters they belong to. Scalars, counters and PRNG keys are replicated withou
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.types import UserError
 
 Rules = tuple[tuple[str, P], ...]
@@ -27,6 +28,13 @@ TRANSFORMER: Rules = (
   (r"lm_head/kernel$", P("fsdp", "tensor")),  # [D, V]
   (r"score/(kernel|bias)$", P()),
   (r"scale$", P()),
+)
+
+# What networks call by name while they compute; the batch is over all that splits it.
+ACTIVATIONS: Rules = (
+  (r"^stream$", P(("data", "fsdp"), None, None)),  # [B, T, D]
+  (r"^heads$", P(("data", "fsdp"), None, "tensor", None)),  # [B, T, N, H]
+  (r"^table$", P("tensor", None)),  # [V, D], the embedding where it is read
 )
 
 
@@ -47,7 +55,7 @@ def partition(tree: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Any:
 
 def place(tree: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Any:
   """`tree` on the mesh, laid out by the rules."""
-  return jax.device_put(tree, partition(tree, mesh, rules))
+  return jax.tree.map(mesh_lib.put, tree, partition(tree, mesh, rules))
 
 
 def abstract(tree: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Any:
@@ -59,7 +67,25 @@ def abstract(tree: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Any:
 def compile_step(step: Callable, state: Any, mesh: Mesh, rules: Rules = TRANSFORMER) -> Callable:
   """Jits `step(state, ...) -> (state, metrics)`; the state is donated and keeps its layout."""
   out_shardings = (partition(state, mesh, rules), NamedSharding(mesh, P()))
-  return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+  return mesh_lib.jit(step, mesh, donate_argnums=0, out_shardings=out_shardings)
+
+
+def constrain(x: jax.Array, name: str, rules: Rules = ACTIVATIONS) -> jax.Array:
+  """`x`, laid out by the rule for `name` in a function of `mesh.jit`; elsewhere `x` as it is.
+
+  An axis that does not divide, as in a batch of one, stays whole.
+  """
+  axes = jax.sharding.get_abstract_mesh().shape
+  if not axes:
+    return x
+  spec = next(spec for pattern, spec in rules if re.search(pattern, name))
+  fits = [n if size % _devices(n, axes) == 0 else None for size, n in zip(x.shape, spec)]
+  return jax.lax.with_sharding_constraint(x, P(*fits))
+
+
+def _devices(names: str | tuple[str, ...] | None, axes: Mapping[str, int]) -> int:
+  """Over how many devices one axis of an array is split."""
+  return math.prod(axes[name] for name in ((names,) if isinstance(names, str) else names or ()))
 
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
@@ -75,11 +101,11 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
 
 def _check_divides(name: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
   for size, axes in zip(shape, spec):
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    devices = math.prod(mesh.shape[axis] for axis in axes)
+    devices = _devices(axes, mesh.shape)
     if size % devices:
+      name_of_axis = axes if isinstance(axes, str) else "x".join(axes)
       fits = [n for n in range(1, devices + 1) if size % n == 0]
       raise UserError(
         f"sharding: an axis of {size} of {name!r} (shape {shape}) does not split over the "
-        f"{devices} devices of mesh axis {'x'.join(axes)!r}; {', '.join(map(str, fits))} would do."
+        f"{devices} devices of mesh axis {name_of_axis!r}; {', '.join(map(str, fits))} would do."
       )

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import traverse_util
-from jax.experimental import multihost_utils
 
+from rlhf_jax.parallel import hosts
 from rlhf_jax.training import files
 from rlhf_jax.training.loop import NonFiniteError
 from rlhf_jax.types import Params, UserError
@@ -51,9 +51,10 @@ class Checkpointer:
     self.directory = pathlib.Path(directory).absolute()
     self.keep = keep
     files.ensure_writable(self.directory)
-    if jax.process_index() == 0:
+    if hosts.is_first():
       for unfinished in self.directory.glob("tmp-*"):  # of a process that was killed
         shutil.rmtree(unfinished)
+    hosts.wait(f"opened {self.directory}")
 
   def steps(self) -> list[int]:
     """The steps that were saved, oldest first."""
@@ -95,11 +96,11 @@ class Checkpointer:
     _check_finite(state, step, self.describe_latest())
     about = {"step": step, "score": score, "extra": extra or {}}
     _write(self.directory / str(step), state, about, kept=self.describe_latest())
-    if jax.process_index() == 0:
+    if hosts.is_first():
       kept = {*self.steps()[-self.keep :], self.best_step()}
       for old in set(self.steps()) - kept:
         shutil.rmtree(self.directory / str(old))
-    _barrier(f"saved {step}")
+    hosts.wait(f"saved {step}")
 
   def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
     """Reads the newest whole checkpoint (or that of `step`) onto `abstract_state`'s shardings.
@@ -146,12 +147,12 @@ class Checkpointer:
     return None if files.about_damage(path) else files.read_about(path)["score"]
 
   def _set_aside(self, damaged: dict[int, str]):
-    if jax.process_index() == 0:
+    if hosts.is_first():
       for step in damaged:
         target = files.free_name(self.directory / f"damaged-{step}")
         (self.directory / str(step)).rename(target)
         logging.warning("checkpoint %s set aside as %s", step, target)
-    _barrier("set aside")
+    hosts.wait("set aside")
 
 
 def save_params(directory: str | pathlib.Path, params: Params, config: dict) -> None:
@@ -204,7 +205,7 @@ def _check_finite(tree: Any, step: int | None, kept: str) -> None:
   """Raises NonFiniteError where a float array holds a NaN or an infinity."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   floats = [(path, leaf) for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-  finite = jax.device_get(_all_finite([leaf for _, leaf in floats]))
+  finite = hosts.whole(_all_finite([leaf for _, leaf in floats]))
   for (path, _), fine in zip(floats, finite):
     if not fine:
       name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -218,17 +219,17 @@ def _check_finite(tree: Any, step: int | None, kept: str) -> None:
 def _write(path: pathlib.Path, tree: Any, about: dict, config: dict | None = None, *, kept: str):
   """Writes `path` whole or not at all: into a sibling first, then one rename."""
   temporary = path.with_name(f"tmp-{path.name}")
-  if jax.process_index() == 0:
+  if hosts.is_first():
     shutil.rmtree(temporary, ignore_errors=True)
     files.ensure_space(path.parent, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
     temporary.mkdir()
-  _barrier(f"begin {path.name}")
+  hosts.wait(f"begin {path.name}")
   try:
     with _quiet():
       ocp.Checkpointer(ocp.StandardCheckpointHandler()).save(
         temporary / "state", args=ocp.args.StandardSave(tree)
       )
-    if jax.process_index() == 0:
+    if hosts.is_first():
       if config is not None:
         files.write_json_atomic(temporary / "config.json", config)
       files.write_about(temporary, {**about, "tensors": _tensors(tree)})
@@ -239,7 +240,7 @@ def _write(path: pathlib.Path, tree: Any, about: dict, config: dict | None = Non
       f"{path} could not be written: {str(error)[:300]}. Kept: {kept}. Free some space or choose "
       f"another workdir; the same command goes on from what is kept."
     ) from error
-  _barrier(f"end {path.name}")
+  hosts.wait(f"end {path.name}")
 
 
 def _read(path: pathlib.Path, abstract: Any, about: dict) -> Any:
@@ -270,12 +271,6 @@ def _read(path: pathlib.Path, abstract: Any, about: dict) -> Any:
 
 def _show(tensor: list) -> str:
   return f"{tensor[0]} {tensor[1]}"
-
-
-def _barrier(name: str) -> None:
-  """All hosts wait here; one host goes straight on."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
-
+from rlhf_jax.parallel import hosts
 from rlhf_jax.types import Metrics, UserError
 
 Writer = Callable[[int, dict[str, float]], None]
@@ -91,7 +90,7 @@ def run(
 
 def _record(step: int, metrics: Metrics, writers: Sequence[Writer]) -> dict[str, float]:
   """Waits for the metrics of `step`, hands them to every writer, and returns them."""
-  fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
+  fetched = {name: float(value) for name, value in hosts.whole(metrics).items()}
   for write in writers:
     write(step, fetched)
   return fetched

@@ -21,6 +21,7 @@ import time
 import rich.console
 import rich.progress
 
+from rlhf_jax.parallel import hosts
 from rlhf_jax.training import files
 from rlhf_jax.types import UserError
 
@@ -41,6 +42,8 @@ def recording(
 ):
   """The writers of one stage: metrics.jsonl, timing.jsonl, tensorboard/ and the screen.
 
+  Of several processes, the first one alone has any.
+
   Args:
     directory: of the stage; the files lie in it.
     name: of the stage, on the screen.
@@ -54,6 +57,9 @@ def recording(
   """
   directory = pathlib.Path(directory)
   files.ensure_writable(directory)
+  if not hosts.is_first():
+    yield []
+    return
   with (
     Jsonl(directory / "metrics.jsonl", after=after) as jsonl,
     TensorBoard(directory / "tensorboard", after=after) as tensorboard,
@@ -61,6 +67,16 @@ def recording(
     Progress(name, num_steps, per_step=per_step, unit=unit, shown=shown) as progress,
   ):
     yield [jsonl, timing, tensorboard, progress]
+
+
+@contextlib.contextmanager
+def heldout(directory: str | pathlib.Path, *, after: int):
+  """The writer of held-out figures, to heldout.jsonl; it writes in the first process alone."""
+  if not hosts.is_first():
+    yield lambda step, figures: None
+    return
+  with Jsonl(pathlib.Path(directory) / "heldout.jsonl", after=after) as jsonl:
+    yield jsonl
 
 
 class Jsonl:
