@@ -36,8 +36,8 @@ def smollm2() -> ConfigDict:
   gguf = str(WEIGHTS / "SmolLM2-135M-Instruct.Q4_1.gguf")
   config.text = dict(template="chatml", tokenizer=gguf, vocab_size=1, on_too_long="skip")
   config.pretrained = gguf
-  # Helpfulness alone: the harmless half prefers the opposite in places, and from a thousand pairs of
-  # both this model learnt neither (held-out accuracy 0.52; 0.62 from a thousand of these).
+  # Helpfulness alone: the harmless half prefers the opposite in places, and from a thousand pairs
+  # of both this model learnt neither (held-out accuracy 0.52; 0.62 from a thousand of these).
   config.data.hh_rlhf.paths = files("hh-rlhf/helpful-base.jsonl.gz")
   config.model = dict(  # as its checkpoint says
     vocab_size=49_152,
