@@ -214,7 +214,7 @@ def ppo(sampling: dict) -> dict:
     ema_decay=0.0,
     kl=dict(coef=0.1, target=None, horizon=10_000.0),  # N+: 0.05; Ziegler et al.: 0.15
     ptx=dict(coef=0.0, ratio=1.0, sequence_length=128),
-    rollout=dict(batch_size=32, prompt_length=96, sampling=sampling),
+    rollout=dict(batch_size=32, micro_batches=1, prompt_length=96, sampling=sampling),
     eval_every=10,
     frozen=(),
     policy_optim=optim(5e-5, "linear", final_fraction=0.0, warmup_steps=2),

@@ -2,10 +2,12 @@
 
   python experiments/chatgpt.py --config=configs/paper.py:instructgpt --workdir=runs/instructgpt
   python experiments/chatgpt.py --config=configs/paper.py:nplus --workdir=runs/nplus
+  python -m rlhf_jax.plan --config=configs/paper.py:instructgpt_8b --devices=8 --chip=h200
 
 Arguments: `instructgpt` has the numbers of Ouyang et al. 2022 (IG; 1.3B column), `nplus` those of
 Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO" (N+), which repeats Stiennon et
-al. 2020. Both are meant for accelerators; data and weights are found as in `configs/hh.py`.
+al. 2020; `instructgpt_8b` is the first on Llama-3-8B. All are meant for accelerators; data and
+weights are found as in `configs/hh.py`.
 
 Where a paper is silent, the comment says whose number stands in. Not carried over: IG's dropout of
 0.2 in SFT, since these networks have none.
@@ -21,12 +23,16 @@ WEIGHTS = pathlib.Path(os.environ.get("RLHF_JAX_WEIGHTS", "weights"))
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """The config named by `arg`, "instructgpt" or "nplus"."""
+  """The config named by `arg`: "instructgpt", "instructgpt_8b" or "nplus"."""
   if arg == "instructgpt":
     return instructgpt()
+  if arg == "instructgpt_8b":
+    return instructgpt_8b()
   if arg == "nplus":
     return nplus()
-  raise ValueError(f"configs/paper.py has no variant {arg!r}; use 'instructgpt' or 'nplus'.")
+  raise ValueError(
+    f"configs/paper.py has no variant {arg!r}; use 'instructgpt', 'instructgpt_8b' or 'nplus'."
+  )
 
 
 def instructgpt() -> ConfigDict:
@@ -73,6 +79,31 @@ def instructgpt() -> ConfigDict:
     policy_optim=adam(8.05e-6, "constant", final_fraction=1.0, warmup_steps=80),
     value_optim=adam(9e-6, "constant", final_fraction=1.0, warmup_steps=80),  # IG C.4
   )
+  return config
+
+
+def instructgpt_8b() -> ConfigDict:
+  """InstructGPT's numbers on Llama-3-8B; tensor-parallel, or it would decode slowly."""
+  config = instructgpt()
+  folder = str(WEIGHTS / "Meta-Llama-3-8B-Instruct")
+  config.text.update(template="llama3", tokenizer=folder)
+  config.pretrained = folder
+  config.model.update(
+    vocab_size=128_256,
+    d_model=4_096,
+    n_layers=32,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    d_ff=14_336,
+    rope_base=500_000.0,
+    tie_embeddings=False,
+  )
+  config.mesh.update(data=-1, fsdp=1, tensor=8)
+  config.sft.update(micro_batches=4)
+  config.reward.update(micro_batches=8)
+  config.ppo.update(micro_batches=8)
+  config.ppo.rollout.update(micro_batches=16)
   return config
 
 
@@ -209,6 +240,7 @@ def rollout(temperature: float, max_new_tokens: int) -> dict:
   """Batches of 512 episodes, in both papers."""
   return dict(
     batch_size=512,
+    micro_batches=1,
     prompt_length=1_024,
     sampling=dict(
       max_new_tokens=max_new_tokens, temperature=temperature, top_k=0, top_p=1.0, stop=None

@@ -136,6 +136,7 @@ def ppo() -> dict:
     ptx=dict(coef=0.0, ratio=1.0, sequence_length=64),
     rollout=dict(
       batch_size=128,
+      micro_batches=1,
       prompt_length=44,
       sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0, stop=None),
     ),

@@ -40,7 +40,7 @@ TRAINED_SPECIALS = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 class TextConfig:
   """How dialogues become tokens."""
 
-  template: Literal["chatml", "plain", "village"]
+  template: Literal["chatml", "llama3", "plain", "village"]
   tokenizer: str  # "village", "train" (a BPE learnt from the data), or a file or folder to load
   vocab_size: PositiveInt  # of a tokenizer that is trained here
   on_too_long: dialogue.OnTooLong  # what to do with a dialogue that cannot fit
@@ -207,6 +207,10 @@ def check_batches(config: ExperimentConfig, mesh: Mesh) -> None:
       config.reward.batch_size // config.reward.micro_batches,
     ),
     ("ppo.rollout.batch_size / ppo.minibatches / ppo.micro_batches", ppo_rows),
+    (
+      "ppo.rollout.batch_size / ppo.rollout.micro_batches",
+      config.ppo.rollout.batch_size // config.ppo.rollout.micro_batches,
+    ),
   ):
     mesh_lib.check_batch(mesh, size, name)
 

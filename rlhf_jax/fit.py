@@ -70,5 +70,6 @@ def fit(
       stage.num_steps,
       writers=[*writers, guard],
       hooks=[loop.every(stage.eval_every, assess)],
+      save=checkpoints.save,
     )
   return state, checkpoints

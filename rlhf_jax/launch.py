@@ -139,6 +139,7 @@ def run(
   """
   from rlhf_jax import config as config_lib  # here, since they import jax
   from rlhf_jax.parallel import hosts
+  from rlhf_jax.training import preemption
   from rlhf_jax.types import UserError
 
   argv = sys.argv[1:] if argv is None else argv
@@ -150,12 +151,15 @@ def run(
   try:
     values, rest = take_options(argv, options)
     hosts.start(values.pop("coordinator"), values.pop("processes"), values.pop("process"))
+    preemption.install()
     path, workdir, overrides = parse(rest, options, needs)
     config = config_lib.load(path, overrides) if path else None
     with hosts.first_speaks():
       main(config, pathlib.Path(workdir) if workdir else None, **values)
   except UserError as error:
     hosts.leave(2, f"error: {error}")
+  except preemption.Preempted as stopped:
+    hosts.leave(REQUEUE, f"SIGTERM: stopped {stopped}; the same command goes on from there.")
   except KeyboardInterrupt:
     hosts.leave(130, "interrupted; the same command goes on from the last checkpoint.")
   except Exception as error:

@@ -185,6 +185,10 @@ def train_policy(
   learner = ppo.make_learner(run.policy, run.scalar, config, stem)
   key = run.key(directory.parent.name)
   state = ppo.init(learner, copy(policy_part), copy(critic_part), key)
+  judges = rollout.Judges(
+    rollout.in_compute_dtype(run.policy, judges.reference),
+    rollout.in_compute_dtype(run.scalar, judges.reward),
+  )
   state = rules.place(state, run.mesh)
   update = rules.compile_step(functools.partial(ppo.update, learner=learner), state, run.mesh)
   _, sample = sampler(run, stem)
@@ -252,6 +256,7 @@ def sampler(run: Run, stem_blocks: int) -> tuple[Responder, Callable]:
     temperature=config.sampling.temperature,
     eos_id=run.tokenizer.eos_id,
     stem_blocks=stem_blocks,
+    micro_batches=config.micro_batches,
   )
   score = mesh_lib.jit(score, run.mesh)
 

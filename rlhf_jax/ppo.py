@@ -102,7 +102,7 @@ class PPOState:
   critic: Params  # the trainable part
   policy_opt: optax.OptState
   critic_opt: optax.OptState
-  ema: Params  # moving average of `policy`
+  ema: Params | None  # moving average of `policy`, where the config has a decay
   kl_coef: jax.Array  # [] float32
   key: jax.Array  # [] PRNG key of the run; every use folds in `step`
 
@@ -152,7 +152,7 @@ def init(learner: Learner, policy: Params, critic: Params, key: jax.Array) -> PP
     critic=critic,
     policy_opt=learner.policy_optimizer.init(policy),
     critic_opt=learner.value_optimizer.init(critic),
-    ema=jax.tree.map(jnp.copy, policy),
+    ema=jax.tree.map(jnp.copy, policy) if learner.config.ema_decay else None,
     kl_coef=jnp.float32(learner.config.kl.coef),
     key=key,
   )
@@ -313,7 +313,7 @@ def update(
     critic=critic,
     policy_opt=policy_opt,
     critic_opt=critic_opt,
-    ema=optim.ema_update(state.ema, policy, config.ema_decay),
+    ema=optim.ema_update(state.ema, policy, config.ema_decay) if config.ema_decay else None,
     kl_coef=next_kl_coef(config, state.kl_coef, metrics["objective/kl"]),
     key=state.key,
   )

@@ -7,6 +7,8 @@ Networks have no dropout, so sampling and scoring see the same one.
 """
 
 import dataclasses
+import functools
+import re
 
 import flax.struct
 import jax
@@ -16,8 +18,12 @@ from rlhf_jax.config import PositiveInt
 from rlhf_jax.generation.decode import Completion
 from rlhf_jax.generation.sampling import SamplingConfig
 from rlhf_jax.networks import heads, likelihood
+from rlhf_jax.parallel import rules
 from rlhf_jax.reward import score_sequences
+from rlhf_jax.training import accumulate
 from rlhf_jax.types import Params, PromptBatch, Rollout, UserError
+
+MATRICES = re.compile(r"^trunk/.*(kernel|embedding)$|^lm_head/kernel$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +31,12 @@ class RolloutConfig:
   """One batch of experience."""
 
   batch_size: PositiveInt  # B, episodes an iteration
+  micro_batches: PositiveInt  # parts that they are scored in, to save memory
   prompt_length: PositiveInt  # P, tokens; prompts are padded on the left to it
   sampling: SamplingConfig
 
   def __post_init__(self):
+    accumulate.check("ppo.rollout", self.batch_size, self.micro_batches)
     if self.sampling.is_truncated:
       raise UserError(
         f"config sampling: rollouts need temperature > 0, top_k 0 and top_p 1 (got "
@@ -45,6 +53,17 @@ class Judges:
   reward: Params  # the reward model
 
 
+def in_compute_dtype(network: heads.Policy | heads.ScalarNetwork, params: Params) -> Params:
+  """The parameters of a network that does not train, stored in the dtype they are computed in.
+
+  Matrices are cast to it before they are used in any case, so no number changes, and in bfloat16
+  they take half the memory. Norms and the scalar head are computed in float32 and stay so.
+  """
+  dtype = network.config.compute.dtype
+  cast = lambda name, x: x.astype(dtype) if MATRICES.search(name) else x
+  return jax.tree_util.tree_map_with_path(lambda p, x: cast(rules.path_name(p), x), params)
+
+
 def score(
   policy: heads.Policy,
   scalar: heads.ScalarNetwork,
@@ -56,14 +75,23 @@ def score(
   temperature: float,
   eos_id: int,
   stem_blocks: int = 0,
+  micro_batches: int = 1,
 ) -> Rollout:
   """What reference, critic and reward model say of B responses; pure and jittable.
 
   Reference log-probabilities are taken at the sampling temperature, like the sampler's own, or the
   KL would not be 0 where the two policies agree. The value at column t is the critic's before
   response token t, that is, at sequence column P + t - 1. The lowest `stem_blocks` blocks, equal in
-  all networks (`heads.shared_stem`), run once and their output travels with the rollout.
+  all networks (`heads.shared_stem`), run once and their output travels with the rollout. With
+  `micro_batches` the rows go through the networks in so many parts.
   """
+  look = functools.partial(_score, policy, scalar, judges, critic, temperature, eos_id, stem_blocks)
+  return accumulate.in_parts(lambda part: look(*part), (prompts, completion), micro_batches)
+
+
+def _score(
+  policy, scalar, judges, critic, temperature, eos_id, stem_blocks, prompts, completion
+) -> Rollout:
   R = completion.tokens.shape[1]
   mask = jnp.concatenate([prompts.mask, completion.mask], axis=1)
   closed, closed_mask = close(prompts, completion, eos_id)

@@ -2,11 +2,14 @@
 
 import os
 import random
+import re
 import signal
 import time
 
 import pytest
 import runs
+
+from rlhf_jax import launch
 
 KILLS = int(os.environ.get("RLHF_JAX_TEST_KILLS", "2"))
 PATIENCE = 300.0  # seconds
@@ -17,17 +20,20 @@ def lines_written(workdir):
   return sum(p.read_bytes().count(b"\n") for p in workdir.rglob("metrics.jsonl"))
 
 
-def kill_after(process, workdir, lines, pause):
-  """SIGKILL `pause` seconds after so many steps are on record; False where it ended before."""
+def end_after(process, workdir, lines, pause, how=signal.SIGKILL):
+  """Sends a signal `pause` seconds after so many steps are on record.
+
+  Returns what the process said on stderr; None where it had ended before.
+  """
   began = time.monotonic()
   while process.poll() is None and lines_written(workdir) < lines:
     assert time.monotonic() - began < PATIENCE
     time.sleep(0.02)
   time.sleep(pause)
-  killed = process.poll() is None
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  return killed
+  was_alive = process.poll() is None
+  process.send_signal(how)
+  _, errors = process.communicate(timeout=PATIENCE)
+  return errors if was_alive else None
 
 
 def finish(process):
@@ -35,20 +41,53 @@ def finish(process):
   assert process.returncode == 0, errors
 
 
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+  """`command(workdir)`: the arguments of a run."""
+  data = tmp_path_factory.mktemp("data")
+  return lambda workdir: runs.arguments(data, workdir, ppo__ema_decay=0.9)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory):
+  """How the run ends, and after how many training steps."""
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  finish(runs.start("chatgpt", *command(workdir)))
+  return runs.results(workdir), lines_written(workdir)
+
+
+def assert_ends_alike(workdir, undisturbed):
+  expected, found = undisturbed[0], runs.results(workdir)
+  assert found.keys() == expected.keys() and len(expected) >= 15
+  assert not [name for name in expected if found[name] != expected[name]]
+
+
 @pytest.mark.slow
 @pytest.mark.conformance("B24", "B25")
-def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_an_undisturbed_one(tmp_path):
-  draw = random.Random(11)
-  undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-  command = lambda workdir: runs.arguments(tmp_path / "data", workdir, ppo__ema_decay=0.9)
-  finish(runs.start("chatgpt", *command(undisturbed)))
-  steps = lines_written(undisturbed)
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_an_undisturbed_one(
+  command, undisturbed, tmp_path
+):
+  draw, steps = random.Random(11), undisturbed[1]
   # One moment in each of as many stretches of the run, so that kills meet different stages.
   stretches = [(i * steps // KILLS, (i + 1) * steps // KILLS) for i in range(KILLS)]
   moments = [(draw.randrange(*stretch), draw.uniform(0.0, 1.0)) for stretch in stretches]
   for lines, pause in moments:
-    assert kill_after(runs.start("chatgpt", *command(disturbed)), disturbed, lines, pause)
-  finish(runs.start("chatgpt", *command(disturbed)))
-  expected, found = runs.results(undisturbed), runs.results(disturbed)
-  assert found.keys() == expected.keys() and len(expected) >= 15
-  assert not [name for name in expected if found[name] != expected[name]]
+    assert end_after(runs.start("chatgpt", *command(tmp_path)), tmp_path, lines, pause) is not None
+  finish(runs.start("chatgpt", *command(tmp_path)))
+  assert_ends_alike(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.conformance("B24", "B25")
+def test_a_run_told_to_end_saves_asks_to_be_started_again_and_goes_on(
+  command, undisturbed, tmp_path
+):
+  process = runs.start("chatgpt", *command(tmp_path))
+  # The first step is on record when the second is under way, and a checkpoint comes after four.
+  said = end_after(process, tmp_path, 1, 0.0, signal.SIGTERM)
+  assert process.returncode == launch.REQUEUE, said
+  step = int(re.search(r"SIGTERM: stopped after step (\d+) of 8, which is saved", said)[1])
+  assert step < 4 and (tmp_path / "sft/checkpoints" / str(step)).is_dir()
+  assert len((tmp_path / "sft/metrics.jsonl").read_text().splitlines()) == step
+  finish(runs.start("chatgpt", *command(tmp_path)))
+  assert_ends_alike(tmp_path, undisturbed)

@@ -12,7 +12,7 @@ from rlhf_jax import rollout
 from rlhf_jax.generation import decode
 from rlhf_jax.generation.sampling import Stops
 from rlhf_jax.networks import heads, likelihood
-from rlhf_jax.rollout import Judges, RolloutConfig
+from rlhf_jax.rollout import Judges
 from rlhf_jax.types import UserError
 
 B, P, R = 8, 5, 6
@@ -42,8 +42,8 @@ def compiled_generate(temperature):
   return jax.jit(functools.partial(decode.generate, tiny.POLICY, **arguments))
 
 
-@functools.partial(jax.jit, static_argnames=("temperature", "stem_blocks"))
-def score(judges, critic, prompts, completion, temperature=1.0, stem_blocks=0):
+@functools.partial(jax.jit, static_argnames=("temperature", "stem_blocks", "micro_batches"))
+def score(judges, critic, prompts, completion, temperature=1.0, stem_blocks=0, micro_batches=1):
   return rollout.score(
     tiny.POLICY,
     tiny.SCALAR,
@@ -54,6 +54,7 @@ def score(judges, critic, prompts, completion, temperature=1.0, stem_blocks=0):
     temperature=temperature,
     eos_id=EOS,
     stem_blocks=stem_blocks,
+    micro_batches=micro_batches,
   )
 
 
@@ -182,8 +183,34 @@ def test_a_shared_stem_changes_no_number(networks, prompts, completion, seen):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("stem_blocks", [0, 1])
+def test_scoring_in_parts_changes_no_row(networks, prompts, completion, stem_blocks):
+  critic, judges = networks["critic"], networks["judges"]
+  whole = score(judges, critic, prompts, completion, stem_blocks=stem_blocks)
+  parts = score(judges, critic, prompts, completion, stem_blocks=stem_blocks, micro_batches=4)
+  tiny.assert_trees_close(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_judges_kept_in_the_compute_dtype_say_the_same_bit_for_bit(networks, prompts, completion):
+  model = tiny.changed(tiny.MODEL, compute__dtype="bfloat16")
+  policy, scalar = heads.Policy(model), heads.ScalarNetwork(model)
+  judges = networks["judges"]
+  small = Judges(
+    rollout.in_compute_dtype(policy, judges.reference),
+    rollout.in_compute_dtype(scalar, judges.reward),
+  )
+  look = functools.partial(rollout.score, policy, scalar, temperature=1.0, eos_id=EOS)
+  look = jax.jit(look)
+  critic = networks["critic"]
+  found, expected = (look(j, critic, prompts, completion) for j in (small, judges))
+  np.testing.assert_array_equal(found.ref_logprobs, expected.ref_logprobs)
+  np.testing.assert_array_equal(found.scores, expected.scores)
+  size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+  assert size(small) < 0.55 * size(judges)
+
+
 @pytest.mark.conformance("A27", "B15")
 @pytest.mark.parametrize("change", [{"top_k": 5}, {"top_p": 0.9}, {"temperature": 0.0}])
 def test_rollouts_refuse_truncated_sampling(change):
   with pytest.raises(UserError, match="PPO compares log-probabilities of the full softmax"):
-    RolloutConfig(batch_size=8, prompt_length=P, sampling=tiny.changed(tiny.SAMPLING, **change))
+    tiny.changed(tiny.PPO.rollout, sampling=tiny.changed(tiny.SAMPLING, **change))

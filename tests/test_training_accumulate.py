@@ -110,5 +110,5 @@ def test_micro_batches_hold_their_share_of_the_activations():
 
 def test_parts_that_do_not_divide_the_batch_are_refused():
   accumulate.check("sft", 8, 4)
-  with pytest.raises(UserError, match="sft: the 8 rows .* micro_batches 3; use a divisor of 8"):
+  with pytest.raises(UserError, match="sft: 8 rows .* micro_batches 3; use a divisor of 8"):
     accumulate.check("sft", 8, 3)

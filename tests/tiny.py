@@ -63,7 +63,7 @@ PPO = ppo.PPOConfig(
   ema_decay=0.0,
   kl=ppo.KLConfig(coef=0.05, target=None, horizon=10_000.0),
   ptx=ppo.PTXConfig(coef=0.0, ratio=0.0, sequence_length=8),
-  rollout=rollout.RolloutConfig(batch_size=8, prompt_length=5, sampling=SAMPLING),
+  rollout=rollout.RolloutConfig(batch_size=8, micro_batches=1, prompt_length=5, sampling=SAMPLING),
   eval_every=5,
   frozen=(),
   policy_optim=OPTIM,

@@ -53,6 +53,16 @@ CHATML = ChatTemplate(  # SmolLM2-Instruct's, as its GGUF metadata `tokenizer.ch
   default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
 )
 
+LLAMA3 = ChatTemplate(  # Llama-3-Instruct's, as its model card has it
+  name="llama3",
+  bos="<|begin_of_text|>",
+  prefix={role: f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in get_args(Role)},
+  suffix={role: "<|eot_id|>" for role in get_args(Role)},
+  separator="",
+  lead="",
+  default_system=None,
+)
+
 PLAIN = ChatTemplate(  # HH-RLHF's: markers are ordinary text, which a user can type too
   name="plain",
   bos="",
@@ -73,7 +83,7 @@ VILLAGE = ChatTemplate(
   default_system=None,
 )
 
-TEMPLATES = {template.name: template for template in (CHATML, PLAIN, VILLAGE)}
+TEMPLATES = {template.name: template for template in (CHATML, LLAMA3, PLAIN, VILLAGE)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,7 @@ def value_and_grad(
   """Mean loss, sums and gradient of a batch, as if it had been taken at once.
 
   Micro-batches hold different numbers of items, so their means do not average to the mean; what is
-  added up is mean x weight, and the sum of weights divides at the end. Micro-batch i holds rows i,
-  i + micro_batches, ...: each device goes on with rows that it has.
+  added up is mean x weight, and the sum of weights divides at the end.
   """
 
   def total(params: Params, part: Any) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
@@ -31,8 +30,7 @@ def value_and_grad(
   if micro_batches == 1:
     found = run(params, batch)
   else:
-    part = lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1)
-    parts = jax.tree.map(part, batch)
+    parts = split(batch, micro_batches)
     shapes = jax.eval_shape(run, params, jax.tree.map(lambda x: x[0], parts))
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     add = lambda seen, part: (jax.tree.map(jnp.add, seen, run(params, part)), None)
@@ -42,10 +40,26 @@ def value_and_grad(
   return value * scale, sums, jax.tree.map(lambda g: g * scale, grads)
 
 
+def in_parts(function: Callable, batch: Any, parts: int) -> Any:
+  """`function(batch)`, rows to rows, on one part of the rows after the other."""
+  if parts == 1:
+    return function(batch)
+  done = jax.lax.map(function, split(batch, parts))
+  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), done)
+
+
+def split(batch: Any, parts: int) -> Any:
+  """[B, ...] to [parts, B / parts, ...]: part i holds rows i, i + parts, ...
+
+  So each device goes on with rows that it has.
+  """
+  return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
 def check(name: str, rows: int, micro_batches: int) -> None:
   """Raises a UserError unless the rows of a step split; `name` is the config section."""
   if rows % micro_batches:
     raise UserError(
-      f"config {name}: the {rows} rows of an optimiser step do not divide into micro_batches "
-      f"{micro_batches}; use a divisor of {rows}."
+      f"config {name}: {rows} rows at a time do not divide into micro_batches {micro_batches}; use "
+      f"a divisor of {rows}."
     )

@@ -16,12 +16,14 @@ writers; so a checkpoint never holds a step that is not on record or that was no
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rlhf_jax.parallel import hosts
+from rlhf_jax.training import preemption
 from rlhf_jax.types import Metrics, UserError
 
 Writer = Callable[[int, dict[str, float]], None]
@@ -63,6 +65,7 @@ def run(
   *,
   writers: Sequence[Writer] = (),
   hooks: Sequence[Hook] = (),
+  save: Callable[[int, Any], None] | None = None,
 ) -> Any:
   """Runs `step_fn` from `state.step` to `num_steps` over endless `batches`; returns the state.
 
@@ -70,19 +73,28 @@ def run(
   are dicts of scalars. The state may be donated: nothing here keeps an old one. A batch is drawn
   only when its step is about to run, so the batch source's position belongs to the last step.
 
+  With `save(step, state)` a process that is told to end (SIGTERM) does so after the step at hand,
+  saved.
+
   Raises:
     UserError: `batches` ended before `num_steps`.
+    Preempted: the process was told to end.
   """
   start, pending = int(state.step), collections.deque()
   step = start
-  for step, batch in zip(range(start + 1, num_steps + 1), batches):
-    state, metrics = step_fn(state, batch)
-    pending.append((step, metrics))
-    due = [hook for hook in hooks if hook.due(step, num_steps)]
-    while len(pending) > (0 if due or step == num_steps else 1):
-      metrics = _record(*pending.popleft(), writers)
-    for hook in due:
-      hook.fire(step, state, metrics)
+  with preemption.watching() if save else contextlib.nullcontext():
+    for step, batch in zip(range(start + 1, num_steps + 1), batches):
+      state, metrics = step_fn(state, batch)
+      pending.append((step, metrics))
+      due = [hook for hook in hooks if hook.due(step, num_steps)]
+      preempted = save is not None and step < num_steps and preemption.is_due(step)
+      while len(pending) > (0 if due or preempted or step == num_steps else 1):
+        metrics = _record(*pending.popleft(), writers)
+      for hook in due:
+        hook.fire(step, state, metrics)
+      if preempted:
+        save(step, state)
+        raise preemption.Preempted(f"after step {step} of {num_steps}, which is saved")
   if step < num_steps:
     raise UserError(f"the batches ended after step {step} of {num_steps}; they must be endless.")
   return state

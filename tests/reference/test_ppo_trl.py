@@ -72,6 +72,7 @@ PPO = {
   "ptx": {"coef": 0.0, "ratio": 0.0, "sequence_length": 1},
   "rollout": {
     "batch_size": B,
+    "micro_batches": 1,
     "prompt_length": P,
     "sampling": {
       "max_new_tokens": R,
