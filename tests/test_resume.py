@@ -91,3 +91,22 @@ def test_a_run_told_to_end_saves_asks_to_be_started_again_and_goes_on(
   assert len((tmp_path / "sft/metrics.jsonl").read_text().splitlines()) == step
   finish(runs.start("chatgpt", *command(tmp_path)))
   assert_ends_alike(tmp_path, undisturbed)
+
+
+@pytest.mark.matrix
+@pytest.mark.conformance("B24", "B25")
+def test_two_processes_of_which_one_is_killed_go_on_and_end_as_one_process_does(
+  command, undisturbed, tmp_path
+):
+  def start():
+    port = runs.free_port()
+    several = lambda i: (f"--coordinator=localhost:{port}", "--processes=2", f"--process={i}")
+    return [runs.start("chatgpt", *command(tmp_path), *several(i), devices=1) for i in range(2)]
+
+  first, second = start()
+  assert end_after(second, tmp_path, 3, 0.0) is not None
+  _, said = first.communicate(timeout=PATIENCE)
+  assert first.returncode == launch.REQUEUE and "another process of this run has died" in said
+  for process in start():
+    finish(process)
+  assert_ends_alike(tmp_path, undisturbed)

@@ -65,6 +65,7 @@ def scheduled(environ: Mapping[str, str]) -> bool:
     "SLURM_PROCID" in environ
     and several("SLURM_STEP_NUM_TASKS")
     or several("OMPI_COMM_WORLD_SIZE")
+    or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys()
     or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
     or "MEGASCALE_COORDINATOR_ADDRESS" in environ
     or "JAX_COORDINATOR_ADDRESS" in environ

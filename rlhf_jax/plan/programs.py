@@ -29,6 +29,7 @@ class Program:
 
   name: str
   compile: Callable[[], Any]  # to a `jax.stages.Compiled`; takes its time
+  shapes: tuple  # its arguments, as shapes
   arguments: dict[str, int]  # bytes of its arguments on one device, by name
   beside: int  # bytes of what its phase keeps there and it does not take
   loops: int  # times that its loop of unknown length goes round at most
@@ -139,8 +140,9 @@ def program(
   """A program by its arguments, of which those `taken` are among what its phase keeps anyway."""
   sizes = {name: bytes_of(tree) for name, tree in arguments.items()}
   beside = bytes_of(kept) - sum(sizes[name] for name in taken)
-  compile_it = lambda: function.lower(*arguments.values()).compile()
-  return Program(name, compile_it, sizes, beside, loops)
+  shapes = tuple(arguments.values())
+  compile_it = lambda: function.lower(*shapes).compile()
+  return Program(name, compile_it, shapes, sizes, beside, loops)
 
 
 def parameters(network: Any, mesh: Mesh) -> Any:
