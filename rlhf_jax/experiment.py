@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax import comparisons, ppo, reward, sft
+from rlhf_jax import comparisons, reward, sft
 from rlhf_jax import config as config_lib
 from rlhf_jax.config import Count, PositiveInt
 from rlhf_jax.data import rows, sources, village
@@ -26,6 +26,7 @@ from rlhf_jax.networks import heads, pretrained
 from rlhf_jax.networks.transformer import ModelConfig
 from rlhf_jax.parallel import hosts, rules
 from rlhf_jax.parallel import mesh as mesh_lib
+from rlhf_jax.ppo_config import PPOConfig
 from rlhf_jax.text import dialogue
 from rlhf_jax.text import tokenizer as tokenizer_lib
 from rlhf_jax.text.tokenizer import Tokenizer
@@ -71,7 +72,7 @@ class ExperimentConfig:
   gold_model: reward.RewardConfig | None  # how that reward model is fitted to people's comparisons
   labelers: LabelerConfig
   reward: reward.RewardConfig
-  ppo: ppo.PPOConfig
+  ppo: PPOConfig
   evaluation: EvaluationConfig
 
   def __post_init__(self):

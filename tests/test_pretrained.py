@@ -14,7 +14,7 @@ import safetensors.numpy
 import tiny
 
 from rlhf_jax.generation import decode, sampling
-from rlhf_jax.networks import heads, hf_layout, pretrained, transformer
+from rlhf_jax.networks import attention, heads, hf_layout, pretrained
 from rlhf_jax.networks.transformer import ComputeConfig, ModelConfig
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import PromptBatch, UserError
@@ -378,8 +378,8 @@ def test_split_halves_makes_neighbour_rotation_equal_to_half_rotation():
     return turned.reshape(N, H)
 
   def halves(x, position):
-    angles = transformer.rotary(jnp.array([[position]]), H, 100.0)
-    return np.asarray(transformer.rotate(jnp.asarray(x.reshape(1, 1, N, H)), *angles))[0, 0]
+    angles = attention.rotary(jnp.array([[position]]), H, 100.0)
+    return np.asarray(attention.rotate(jnp.asarray(x.reshape(1, 1, N, H)), *angles))[0, 0]
 
   expected = [neighbours(w @ x, p) for w, x, p in zip(rows, inputs, positions)]
   reordered = [hf_layout.split_halves(w, N) for w in rows]

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rlhf_jax.networks import heads, pretrained
-from rlhf_jax.networks import transformer as transformer_lib
+from rlhf_jax.networks import attention, heads, pretrained
 from rlhf_jax.networks.transformer import KVCache, ModelConfig, Transformer
 from rlhf_jax.types import UserError
 
@@ -118,7 +117,8 @@ def test_gradients_prove_that_tokens_see_their_own_past_and_nothing_else(
   expected = np.tril(segments[:, None] == segments[None, :])
   real = segments > 0
   np.testing.assert_array_equal(got[real], expected[real])
-  mask = transformer_lib.attention_mask(jnp.asarray(segments)[None, :], None)[0]
+  rows = jnp.asarray(segments)[None, :]
+  mask = attention.attention_mask(rows, rows, 0)[0]
   np.testing.assert_array_equal(mask, expected & real[None, :])
 
 
@@ -251,8 +251,8 @@ def test_rotary_angles_make_scores_depend_on_distance_alone():
   query, key = rng.normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
   def score(at, other):
-    place = lambda p: transformer_lib.rotary(jnp.array([[p]]), 8, 100.0)
-    turned = transformer_lib.rotate(query, *place(at)), transformer_lib.rotate(key, *place(other))
+    place = lambda p: attention.rotary(jnp.array([[p]]), 8, 100.0)
+    turned = attention.rotate(query, *place(at)), attention.rotate(key, *place(other))
     return float(jnp.sum(turned[0] * turned[1]))
 
   np.testing.assert_allclose(score(7, 4), score(103, 100), rtol=1e-4)

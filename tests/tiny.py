@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import ppo, rollout
+from rlhf_jax import ppo_config, rollout
 from rlhf_jax.generation.sampling import SamplingConfig
 from rlhf_jax.networks import heads
 from rlhf_jax.networks.transformer import ComputeConfig, ModelConfig
@@ -47,7 +47,7 @@ OPTIM = OptimConfig(
   clip_norm=None,
 )
 SAMPLING = SamplingConfig(max_new_tokens=6, temperature=1.0, top_k=0, top_p=1.0, stop=None)
-PPO = ppo.PPOConfig(
+PPO = ppo_config.PPOConfig(
   num_steps=10,
   epochs=2,
   minibatches=2,
@@ -61,8 +61,8 @@ PPO = ppo.PPOConfig(
   missing_eos="keep",
   missing_eos_penalty=0.0,
   ema_decay=0.0,
-  kl=ppo.KLConfig(coef=0.05, target=None, horizon=10_000.0),
-  ptx=ppo.PTXConfig(coef=0.0, ratio=0.0, sequence_length=8),
+  kl=ppo_config.KLConfig(coef=0.05, target=None, horizon=10_000.0),
+  ptx=ppo_config.PTXConfig(coef=0.0, ratio=0.0, sequence_length=8),
   rollout=rollout.RolloutConfig(batch_size=8, micro_batches=1, prompt_length=5, sampling=SAMPLING),
   eval_every=5,
   frozen=(),

@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.config import Positive, PositiveInt
+from rlhf_jax.networks.attention import attend, attention_mask, rotary, rotate
 from rlhf_jax.parallel.rules import constrain
 from rlhf_jax.types import UserError
-
-MASKED = -1e30  # finite, so that a row of padding yields finite (unused) numbers and gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,54 +87,6 @@ class KVCache:
     again = lambda layers: jax.tree.map(lambda x: jnp.repeat(x, times, axis=-4), layers)
     segments = jnp.repeat(self.segments, times, axis=0)
     return self.replace(keys=again(self.keys), values=again(self.values), segments=segments)
-
-
-def rotary(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
-  """Cosine and sine [B, T, H/2] of the rotary angles, float32 (Su et al. 2021, eq. 15)."""
-  frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Turns the halves of each head of x [B, T, N, H] by the angles [B, T, H/2]."""
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return turned.astype(x.dtype)
-
-
-def attention_mask(
-  segments: jax.Array, cache: KVCache | None, branches: jax.Array | None = None
-) -> jax.Array:
-  """Who sees whom, [B, T, S]: earlier columns, or its own, of the same segment; never padding.
-
-  With `branches` [B, T], of the segment only branch 0 and its own.
-  """
-  length = segments.shape[1]
-  start = 0 if cache is None else cache.index
-  keys = segments if cache is None else cache.segments
-  causal = jnp.arange(keys.shape[1])[None, :] <= start + jnp.arange(length)[:, None]
-  same = segments[:, :, None] == keys[:, None, :]
-  if branches is not None:
-    of_key = branches[:, None, :]
-    same &= (of_key == 0) | (of_key == branches[:, :, None])
-  return causal[None, :, :] & same & (keys > 0)[:, None, :]
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-  """Softmax attention (Vaswani et al. 2017, eq. 1) with grouped key-value heads.
-
-  query [B, T, N, H]; key, value [B, G, S, H]; mask [B, T, S]. Returns [B, T, N, H]. The softmax is
-  in float32 whatever the compute dtype.
-  """
-  B, T, N, H = query.shape
-  G = key.shape[1]
-  query = query.reshape(B, T, G, N // G, H) * (H**-0.5)
-  scores = jnp.einsum("btgmh,bgsh->bgmts", query, key, preferred_element_type=jnp.float32)
-  scores = jnp.where(mask[:, None, None, :, :], scores, MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  return jnp.einsum("bgmts,bgsh->btgmh", weights, value).reshape(B, T, N, H)
 
 
 class RMSNorm(nn.Module):
@@ -267,7 +218,8 @@ class Transformer(nn.Module):
     if cache is not None:
       written = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.index, axis=1)
       cache = cache.replace(segments=written)
-    mask = attention_mask(segments, cache, branches)
+    keys, start = (segments, 0) if cache is None else (cache.segments, cache.index)
+    mask = attention_mask(segments, keys, start, branches)
     angles = rotary(positions, self.config.head_dim, self.config.rope_base)
     x = inputs if first_block else self._embed(inputs)
     x, keys_values = self._layers(x, cache, mask, angles, first_block, self.config.n_layers)
@@ -279,7 +231,7 @@ class Transformer(nn.Module):
   def stem(self, tokens, positions, segments, blocks: int) -> jax.Array:
     """The stream [B, T, D] after the first `blocks` blocks, to share between networks."""
     angles = rotary(positions, self.config.head_dim, self.config.rope_base)
-    mask = attention_mask(segments, None)
+    mask = attention_mask(segments, segments, 0)
     return self._layers(self._embed(tokens), None, mask, angles, 0, blocks)[0]
 
   def _layers(self, x, cache, mask, angles, first, stop):

@@ -30,7 +30,7 @@ with warnings.catch_warnings():
   trl_ppo = pytest.importorskip("trl.experimental.ppo.ppo_trainer")
 
 from rlhf_jax import config as config_lib  # noqa: E402
-from rlhf_jax import ppo, rollout  # noqa: E402
+from rlhf_jax import ppo, ppo_config, rollout  # noqa: E402
 from rlhf_jax.generation.decode import Completion  # noqa: E402
 from rlhf_jax.networks import heads, hf_layout, likelihood  # noqa: E402
 from rlhf_jax.training import optim  # noqa: E402
@@ -133,7 +133,7 @@ def our_iteration(import_llama, models, rows, whiten_rewards):
   read = {name: import_llama(model) for name, model in models.items()}
   model_config, params = read["policy"][0], {name: read[name][1] for name in read}
   policy, scalar = heads.Policy(model_config), heads.ScalarNetwork(model_config)
-  config = config_lib.build(ppo.PPOConfig, PPO | {"whiten_rewards": whiten_rewards})
+  config = config_lib.build(ppo_config.PPOConfig, PPO | {"whiten_rewards": whiten_rewards})
   learner = ppo.make_learner(policy, scalar, config, stem_blocks=0)
   critic, bias = optim.split(params["critic"], (r"^score/bias$",))
   state = ppo.init(learner, params["policy"], critic, jax.random.key(0))
