@@ -249,16 +249,15 @@ def sampler(run: Run, stem_blocks: int) -> tuple[Responder, Callable]:
   """
   config = run.config.ppo.rollout
   responder = run.responder(config.sampling, config.prompt_length, config.batch_size)
-  score = functools.partial(
-    rollout.score,
+  how = rollout.Scoring(
     run.policy,
     run.scalar,
-    temperature=config.sampling.temperature,
-    eos_id=run.tokenizer.eos_id,
-    stem_blocks=stem_blocks,
-    micro_batches=config.micro_batches,
+    config.sampling.temperature,
+    run.tokenizer.eos_id,
+    stem_blocks,
+    config.micro_batches,
   )
-  score = mesh_lib.jit(score, run.mesh)
+  score = mesh_lib.jit(functools.partial(rollout.score, how), run.mesh)
 
   def sample(policy: Params, critic: Params, judges: rollout.Judges, prompts, key):
     return score(judges, critic, prompts, responder.generate(policy, prompts, key))

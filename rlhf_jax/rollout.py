@@ -7,7 +7,6 @@ Networks have no dropout, so sampling and scoring see the same one.
 """
 
 import dataclasses
-import functools
 import re
 
 import flax.struct
@@ -64,46 +63,51 @@ def in_compute_dtype(network: heads.Policy | heads.ScalarNetwork, params: Params
   return jax.tree_util.tree_map_with_path(lambda p, x: cast(rules.path_name(p), x), params)
 
 
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+  """How rollouts are scored: all that is static in `score`."""
+
+  policy: heads.Policy
+  scalar: heads.ScalarNetwork
+  temperature: float  # of the sampling; the reference is read at it too
+  eos_id: int  # closes what the reward model reads
+  stem_blocks: int = 0  # lowest blocks that all networks share (`heads.shared_stem`)
+  micro_batches: int = 1  # parts that the rows go through the networks in
+
+
 def score(
-  policy: heads.Policy,
-  scalar: heads.ScalarNetwork,
-  judges: Judges,
-  critic: Params,
-  prompts: PromptBatch,
-  completion: Completion,
-  *,
-  temperature: float,
-  eos_id: int,
-  stem_blocks: int = 0,
-  micro_batches: int = 1,
+  how: Scoring, judges: Judges, critic: Params, prompts: PromptBatch, completion: Completion
 ) -> Rollout:
   """What reference, critic and reward model say of B responses; pure and jittable.
 
   Reference log-probabilities are taken at the sampling temperature, like the sampler's own, or the
   KL would not be 0 where the two policies agree. The value at column t is the critic's before
-  response token t, that is, at sequence column P + t - 1. The lowest `stem_blocks` blocks, equal in
-  all networks (`heads.shared_stem`), run once and their output travels with the rollout. With
-  `micro_batches` the rows go through the networks in so many parts.
+  response token t, that is, at sequence column P + t - 1. The blocks that all networks share run
+  once, and their output travels with the rollout.
   """
-  look = functools.partial(_score, policy, scalar, judges, critic, temperature, eos_id, stem_blocks)
-  return accumulate.in_parts(lambda part: look(*part), (prompts, completion), micro_batches)
+  look = lambda part: _score(how, judges, critic, *part)
+  return accumulate.in_parts(look, (prompts, completion), how.micro_batches)
 
 
-def _score(
-  policy, scalar, judges, critic, temperature, eos_id, stem_blocks, prompts, completion
-) -> Rollout:
+def _score(how, judges, critic, prompts, completion) -> Rollout:
   R = completion.tokens.shape[1]
   mask = jnp.concatenate([prompts.mask, completion.mask], axis=1)
-  closed, closed_mask = close(prompts, completion, eos_id)
-  if stem_blocks:
+  closed, closed_mask = close(prompts, completion, how.eos_id)
+  if how.stem_blocks:
     layout = heads.layout(closed_mask)
     stem = {"params": judges.reference}
-    closed = policy.apply(stem, closed, *layout, stem_blocks, method="stem")
+    closed = how.policy.apply(stem, closed, *layout, how.stem_blocks, method="stem")
   inputs = closed[:, :-1]
   reference = likelihood.of_responses(
-    policy, judges.reference, inputs, mask, completion.tokens, temperature, stem_blocks
+    how.policy,
+    judges.reference,
+    inputs,
+    mask,
+    completion.tokens,
+    how.temperature,
+    how.stem_blocks,
   )
-  values = response_values(scalar, critic, inputs, mask, R, stem_blocks)
+  values = response_values(how.scalar, critic, inputs, mask, R, how.stem_blocks)
   live = completion.mask > 0
   return Rollout(
     prompts=prompts.tokens,
@@ -113,9 +117,9 @@ def _score(
     logprobs=completion.logprobs,
     ref_logprobs=jnp.where(live, reference.logprobs, 0.0),
     values=jnp.where(live, values, 0.0),
-    scores=score_sequences(scalar, judges.reward, closed, closed_mask, stem_blocks),
+    scores=score_sequences(how.scalar, judges.reward, closed, closed_mask, how.stem_blocks),
     finished=completion.finished,
-    stream=inputs if stem_blocks else None,
+    stream=inputs if how.stem_blocks else None,
   )
 
 

@@ -107,7 +107,7 @@ def sample(policy, critic, judges, prompts, key):
     POLICY, policy, prompts, key, config=tiny.SAMPLING, stops=Stops((1, 2, 3)), pad_id=tiny.PAD
   )
   parts = (judges, critic, prompts, completion)
-  return rollout.score(POLICY, SCALAR, *parts, temperature=1.0, eos_id=tiny.EOS)
+  return rollout.score(rollout.Scoring(POLICY, SCALAR, 1.0, tiny.EOS), *parts)
 
 
 def rollouts(mesh):

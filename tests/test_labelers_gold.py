@@ -125,5 +125,5 @@ def test_all_answers_share_one_compilation(params):
   fresh = gold.Scorer(NETWORK, TOKENIZER, dialogue.VILLAGE, MESH, 64, max_responses=3)
   for count in (1, 2, 7, 9):
     fresh.score(params, PROMPT, ANSWERS[:count])
-  assert fresh._score._cache_size() == 1
+  assert fresh._score.__wrapped__._cache_size() == 1
   assert jax.device_count() == 8  # slots are a multiple of what the batch is split over

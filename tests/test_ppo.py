@@ -55,7 +55,7 @@ def sampler(temperature):
   def sample(policy, critic, judges, prompts, key):
     completion = decode.generate(POLICY, policy, prompts, key, **arguments)
     parts = (judges, critic, prompts, completion)
-    return rollout.score(POLICY, SCALAR, *parts, temperature=temperature, eos_id=tiny.EOS)
+    return rollout.score(rollout.Scoring(POLICY, SCALAR, temperature, tiny.EOS), *parts)
 
   return sample
 

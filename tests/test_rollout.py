@@ -12,7 +12,7 @@ from rlhf_jax import rollout
 from rlhf_jax.generation import decode
 from rlhf_jax.generation.sampling import Stops
 from rlhf_jax.networks import heads, likelihood
-from rlhf_jax.rollout import Judges
+from rlhf_jax.rollout import Judges, Scoring
 from rlhf_jax.types import UserError
 
 B, P, R = 8, 5, 6
@@ -44,18 +44,8 @@ def compiled_generate(temperature):
 
 @functools.partial(jax.jit, static_argnames=("temperature", "stem_blocks", "micro_batches"))
 def score(judges, critic, prompts, completion, temperature=1.0, stem_blocks=0, micro_batches=1):
-  return rollout.score(
-    tiny.POLICY,
-    tiny.SCALAR,
-    judges,
-    critic,
-    prompts,
-    completion,
-    temperature=temperature,
-    eos_id=EOS,
-    stem_blocks=stem_blocks,
-    micro_batches=micro_batches,
-  )
+  how = Scoring(tiny.POLICY, tiny.SCALAR, temperature, EOS, stem_blocks, micro_batches)
+  return rollout.score(how, judges, critic, prompts, completion)
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +189,7 @@ def test_judges_kept_in_the_compute_dtype_say_the_same_bit_for_bit(networks, pro
     rollout.in_compute_dtype(policy, judges.reference),
     rollout.in_compute_dtype(scalar, judges.reward),
   )
-  look = functools.partial(rollout.score, policy, scalar, temperature=1.0, eos_id=EOS)
-  look = jax.jit(look)
+  look = jax.jit(functools.partial(rollout.score, Scoring(policy, scalar, 1.0, EOS)))
   critic = networks["critic"]
   found, expected = (look(j, critic, prompts, completion) for j in (small, judges))
   np.testing.assert_array_equal(found.ref_logprobs, expected.ref_logprobs)

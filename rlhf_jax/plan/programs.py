@@ -104,14 +104,10 @@ def improved(config: ExperimentConfig, mesh: Mesh) -> list[Program]:
   ids, floats = on_batch(mesh, drawn, jnp.int32), on_batch(mesh, drawn, jnp.float32)
   finished = on_batch(mesh, drawn[:1], jnp.float32)
   completion = decode.Completion(ids, floats, floats, finished)
-  score = functools.partial(
-    rollout.score,
-    policy,
-    scalar,
-    temperature=sampling.temperature,
-    eos_id=0,
-    micro_batches=stage.rollout.micro_batches,
+  how = rollout.Scoring(
+    policy, scalar, sampling.temperature, eos_id=0, micro_batches=stage.rollout.micro_batches
   )
+  score = functools.partial(rollout.score, how)
   arguments = {"judges": judges, "critic": of_critic, "prompts": prompts, "completion": completion}
   taken = ("judges", "critic")
   scored = program("ppo score", mesh_lib.jit(score, mesh), arguments, kept, taken)

@@ -148,9 +148,8 @@ def our_iteration(import_llama, models, rows, whiten_rewards):
     logprobs = of.logprobs
     completion = Completion(responses, ones, logprobs, finished=jnp.zeros((B,)))
     whole = optim.merge(state.critic, bias)
-    seen = rollout.score(
-      policy, scalar, judges, whole, prompts, completion, temperature=TEMPERATURE, eos_id=2
-    )
+    how = rollout.Scoring(policy, scalar, TEMPERATURE, eos_id=2)
+    seen = rollout.score(how, judges, whole, prompts, completion)
     return ppo.update(state, ({}, bias), seen, None, learner)
 
   judges = rollout.Judges(reference=params["reference"], reward=params["reward"])
