@@ -12,6 +12,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import launch
@@ -68,7 +69,11 @@ def spawn(script, *args, devices, **kwargs):
 
 
 def free_port():
-  """A port of this machine that nobody listens on."""
+  """A port of this machine that nobody listens on, for processes that will talk to each other."""
+  try:
+    socket.gethostbyname(socket.gethostname())
+  except OSError:
+    pytest.skip("this machine's own name does not resolve, as processes that use gloo need")
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     return probe.getsockname()[1]
