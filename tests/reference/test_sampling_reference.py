@@ -26,7 +26,7 @@ def logits():
   return (rng.standard_normal((B, V)) * np.geomspace(0.1, 5.0, B)[:, None]).astype(np.float32)
 
 
-def config(temperature, top_k=0, top_p=1.0, stop=None):
+def config(temperature, top_k=0, top_p=1.0):
   return sampling.SamplingConfig(
     max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p, stop=None
   )
