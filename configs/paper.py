@@ -58,7 +58,7 @@ def instructgpt() -> ConfigDict:
     num_steps=500,  # IG C.4: 256k episodes at batch 512
     epochs=1,  # IG C.4
     minibatches=8,  # IG C.4: minibatches of 64
-    micro_batches=1,
+    micro_batches=16,
     gamma=1.0,  # IG C.4: no discount
     lam=0.95,  # IG does not say; Stiennon et al. 2020, B.1
     cliprange=0.2,  # IG C.4
@@ -79,6 +79,10 @@ def instructgpt() -> ConfigDict:
     policy_optim=adam(8.05e-6, "constant", final_fraction=1.0, warmup_steps=80),
     value_optim=adam(9e-6, "constant", final_fraction=1.0, warmup_steps=80),  # IG C.4
   )
+  # What fits eight devices of 141 GB, by `python -m rlhf_jax.plan`.
+  config.mesh.update(tensor=2)
+  config.reward.update(micro_batches=8)
+  config.ppo.rollout.update(micro_batches=16)
   return config
 
 
@@ -101,9 +105,7 @@ def instructgpt_8b() -> ConfigDict:
   )
   config.mesh.update(data=-1, fsdp=1, tensor=8)
   config.sft.update(micro_batches=4)
-  config.reward.update(micro_batches=8)
   config.ppo.update(micro_batches=32)  # 16 of the 512 rows of pretraining text at a time
-  config.ppo.rollout.update(micro_batches=16)
   return config
 
 
