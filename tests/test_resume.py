@@ -17,7 +17,11 @@ PATIENCE = 300.0  # seconds
 
 def lines_written(workdir):
   """How far a run has come: training steps on record."""
-  return sum(p.read_bytes().count(b"\n") for p in workdir.rglob("metrics.jsonl"))
+  while True:
+    try:
+      return sum(p.read_bytes().count(b"\n") for p in workdir.rglob("metrics.jsonl"))
+    except FileNotFoundError:  # a folder was renamed while it was looked through
+      continue
 
 
 def end_after(process, workdir, lines, pause, how=signal.SIGKILL):
@@ -70,7 +74,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_an_undisturbed_one(
   draw, steps = random.Random(11), undisturbed[1]
   # One moment in each of as many stretches of the run, so that kills meet different stages.
   stretches = [(i * steps // KILLS, (i + 1) * steps // KILLS) for i in range(KILLS)]
-  moments = [(draw.randrange(*stretch), draw.uniform(0.0, 1.0)) for stretch in stretches]
+  moments = [(draw.randrange(a, max(b, a + 1)), draw.uniform(0.0, 1.0)) for a, b in stretches]
   for lines, pause in moments:
     assert end_after(runs.start("chatgpt", *command(tmp_path)), tmp_path, lines, pause) is not None
   finish(runs.start("chatgpt", *command(tmp_path)))
