@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.parallel import hosts
-from rlhf_jax.training import loop, preemption
+from rlhf_jax.training import checkpoint, loop, preemption
 from rlhf_jax.types import UserError
 
 SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}
@@ -55,7 +55,24 @@ def test_a_process_alone_waits_for_nobody_and_has_everything():
   found = hosts.whole({"x": jax.numpy.arange(3), "n": np.float32(2.0)})
   np.testing.assert_array_equal(found["x"], [0, 1, 2])
   assert isinstance(found["x"], np.ndarray) and found["n"] == 2.0
-  assert not hosts.is_lost(jax.errors.JaxRuntimeError("anything"))
+  assert not hosts.is_lost(jax.errors.JaxRuntimeError("Gloo all-reduce failed"))
+
+
+@pytest.mark.parametrize(
+  ("error", "expected"),
+  [
+    (
+      jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"),
+      True,
+    ),
+    (jax.errors.JaxRuntimeError("UNAVAILABLE: the coordination service has stopped"), True),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), False),
+    (ValueError("Gloo"), False),
+  ],
+)
+def test_only_what_says_that_a_process_is_gone_is_taken_for_it(error, expected, monkeypatch):
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  assert hosts.is_lost(error) == expected
 
 
 @pytest.fixture
@@ -90,6 +107,15 @@ def test_a_loop_that_can_save_does_so_after_the_step_at_hand(noticed):
       save=lambda step, state: saved.append((step, state.step)),
     )
   assert saved == [(3, 3)] and recorded == [1, 2, 3]
+
+
+def test_a_notice_while_files_are_written_is_no_failed_write(noticed, monkeypatch, tmp_path):
+  monkeypatch.setattr(
+    checkpoint.files, "write_about", lambda *_: signal.raise_signal(signal.SIGTERM)
+  )
+  with pytest.raises(preemption.Preempted):
+    checkpoint.save_params(tmp_path / "policy", {"x": np.zeros(2, np.float32)}, {})
+  assert not (tmp_path / "policy").exists()
 
 
 def test_between_stages_the_notice_ends_the_process_at_once(noticed):

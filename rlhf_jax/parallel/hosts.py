@@ -7,6 +7,7 @@ nothing here does anything.
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -17,6 +18,8 @@ from jax.experimental import multihost_utils
 from rlhf_jax.types import UserError
 
 AUTO, NONE = "auto", "none"
+# How gloo, NCCL and jax's coordination service say that somebody is gone.
+LOST = re.compile(r"gloo|nccl|unavailable|deadline_exceeded|coordination|heartbeat", re.IGNORECASE)
 
 
 def start(coordinator: str, count: int, index: int) -> None:
@@ -95,7 +98,11 @@ def first_speaks() -> Iterator[None]:
 
 def is_lost(error: Exception) -> bool:
   """Whether `error` says that another process of the run is gone."""
-  return jax.distributed.is_initialized() and isinstance(error, jax.errors.JaxRuntimeError)
+  return (
+    jax.distributed.is_initialized()
+    and isinstance(error, jax.errors.JaxRuntimeError)
+    and LOST.search(str(error)) is not None
+  )
 
 
 def leave(status: int, message: str) -> NoReturn:

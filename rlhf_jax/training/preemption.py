@@ -14,8 +14,11 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class Preempted(Exception):
-  """The process was told to end; the message says where its work stands."""
+class Preempted(BaseException):
+  """The process was told to end; the message says where its work stands.
+
+  No Exception, like KeyboardInterrupt: whoever handles errors of his own must not take it for one.
+  """
 
 
 class _Notice:
