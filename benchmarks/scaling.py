@@ -37,7 +37,8 @@ def main():
       print(json.dumps(found))
     return
   cores = len(os.sched_getaffinity(0))
-  print(f"`python benchmarks/scaling.py`, {platform.machine()}, {cores} cores.\n")
+  command = f"python benchmarks/scaling.py --repeats={arguments.repeats}"
+  print(f"`{command}`, {platform.machine()}, {cores} cores.\n")
   devices_table(arguments.repeats)
   rollouts_table(arguments.repeats)
 

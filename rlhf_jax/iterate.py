@@ -128,8 +128,12 @@ def improve(run: Run, round_name: str, policy: str, reward_model: str, reference
   """PPO from `policy` against `reward_model`, held near `reference`."""
 
   def work(folder: pathlib.Path) -> Result:
-    judges = rollout.Judges(load(run, reference), load(run, reward_model))
-    last, average = phases.train_policy(run, folder, load(run, policy), judges)
+    last, average = phases.train_policy(
+      run,
+      folder,
+      load(run, policy),
+      rollout.Judges(load(run, reference), load(run, reward_model)),
+    )
     save(run, folder / "policy", average)
     save(run, folder / "policy_last", last)
     return {

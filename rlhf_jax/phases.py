@@ -174,30 +174,23 @@ def train_policy(
 ) -> tuple[Params, Params]:
   """PPO from `policy`; the critic starts as a copy of the reward model.
 
+  A caller that keeps no reference to `policy` and `judges` lets go of what training does not need:
+  the state has copies of its own, and the judges are kept in the compute dtype.
+
   Returns the policy after the last step, and the moving average of it (the same without one).
   """
   config = run.config.ppo
-  copy = functools.partial(jax.tree.map, jnp.copy)  # the state is donated, what it came from stays
-  policy_part, frozen_policy = optim.split(policy, config.frozen)
-  critic_part, frozen_critic = optim.split(judges.reward, config.frozen)
-  trunks = [params["trunk"] for params in (policy, judges.reward, judges.reference)]
-  stem = heads.shared_stem(run.config.model, trunks, frozen_policy.get("trunk", {}))
-  learner = ppo.make_learner(run.policy, run.scalar, config, stem)
-  key = run.key(directory.parent.name)
-  state = ppo.init(learner, copy(policy_part), copy(critic_part), key)
-  judges = rollout.Judges(
-    rollout.in_compute_dtype(run.policy, judges.reference),
-    rollout.in_compute_dtype(run.scalar, judges.reward),
-  )
-  state = rules.place(state, run.mesh)
+  learner, state, frozen, judges = begin_ppo(run, directory.parent.name, policy, judges)
+  del policy
+  frozen_policy, frozen_critic = frozen
   update = rules.compile_step(functools.partial(ppo.update, learner=learner), state, run.mesh)
-  _, sample = sampler(run, stem)
+  _, sample = sampler(run, learner.stem_blocks)
 
   def step(state: ppo.PPOState, batch):
     prompts, text = batch
     current = optim.merge(state.policy, frozen_policy), optim.merge(state.critic, frozen_critic)
     seen = sample(*current, judges, prompts, ppo.keys(state)[0])
-    return update(state, (frozen_policy, frozen_critic), seen, text)
+    return update(state, frozen, seen, text)
 
   heldout, _ = next(feeds.experience_stream(run, "heldout")(0))
 
@@ -223,6 +216,25 @@ def train_policy(
   state, _ = fit(stage, step, state, feeds.experience_stream(run, "train"), evaluate)
   average = state.ema if config.ema_decay else state.policy
   return optim.merge(state.policy, frozen_policy), optim.merge(average, frozen_policy)
+
+
+def begin_ppo(
+  run: Run, round_name: str, policy: Params, judges: rollout.Judges
+) -> tuple[ppo.Learner, ppo.PPOState, tuple[Params, Params], rollout.Judges]:
+  """The learner, its state, the frozen parts of policy and critic, and the judges as PPO keeps."""
+  config = run.config.ppo
+  copy = functools.partial(jax.tree.map, jnp.copy)  # the state is donated, what it came from is not
+  policy_part, frozen_policy = optim.split(policy, config.frozen)
+  critic_part, frozen_critic = optim.split(judges.reward, config.frozen)
+  trunks = [params["trunk"] for params in (policy, judges.reward, judges.reference)]
+  stem = heads.shared_stem(run.config.model, trunks, frozen_policy.get("trunk", {}))
+  learner = ppo.make_learner(run.policy, run.scalar, config, stem)
+  state = ppo.init(learner, copy(policy_part), copy(critic_part), run.key(round_name))
+  small = rollout.Judges(
+    rollout.in_compute_dtype(run.policy, judges.reference),
+    rollout.in_compute_dtype(run.scalar, judges.reward),
+  )
+  return learner, rules.place(state, run.mesh), (frozen_policy, frozen_critic), small
 
 
 def warn_negative_kl(step: int, metrics: dict[str, float]) -> None:

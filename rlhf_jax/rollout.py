@@ -147,7 +147,10 @@ def response_values(
   response_length: int,
   first_block: int = 0,
 ) -> jax.Array:
-  """The critic's value before each response token, [B, R]; arguments as `likelihood.of_responses`."""
+  """The critic's value before each response token, [B, R].
+
+  Arguments as those of `likelihood.of_responses`.
+  """
   positions, segments = heads.layout(mask)
   start = mask.shape[1] - response_length - 1
   values = scalar.apply({"params": params}, sequences, positions, segments, first_block)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import gc
 import json
+import weakref
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import runs
 import tiny
 
-from rlhf_jax import experiment, feeds, iterate, phases, reward
+from rlhf_jax import experiment, feeds, iterate, phases, reward, rollout
 from rlhf_jax.data.records import Demonstration
 from rlhf_jax.training import checkpoint
 from rlhf_jax.types import UserError
@@ -101,3 +103,29 @@ def test_the_zero_of_a_reward_model_is_the_mean_score_of_demonstrations(tiny_run
   np.testing.assert_allclose(mean, np.mean(scores), atol=1e-4)
   again = phases.demonstration_score(run, reward.center(params, mean), config)
   assert abs(again) < 1e-3
+
+
+def test_ppo_lets_go_of_what_it_started_from(tiny_run, tmp_path, monkeypatch):
+  compute = dataclasses.replace(tiny_run.config.model.compute, dtype="bfloat16")
+  run = dataclasses.replace(tiny_run, config=tiny.changed(tiny_run.config, model__compute=compute))
+  given, alive = [], []
+
+  def fresh(network, seed):
+    params = tiny.params(network, seed)
+    given.extend(weakref.ref(x) for x in jax.tree.leaves(params) if x.ndim > 1)
+    return params
+
+  def fit(stage, step, state, batches, evaluate):
+    gc.collect()
+    alive.extend(x().shape for x in given if x() is not None)
+    return state, None
+
+  monkeypatch.setattr(phases, "fit", fit)
+  phases.train_policy(
+    run,
+    tmp_path,
+    fresh(run.policy, 0),
+    rollout.Judges(fresh(run.policy, 1), fresh(run.scalar, 2)),
+  )
+  # Of all that came in float32, the reward model's head alone stays: it is computed in float32.
+  assert alive == [(run.config.model.d_model, 1)] and len(given) > 20
