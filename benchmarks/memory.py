@@ -83,7 +83,7 @@ def one(stage, changes, rows, length):
   import gc
 
   import jax
-  import jax.numpy as jnp
+  from common import fill
 
   from rlhf_jax import config as config_lib
   from rlhf_jax.experiment import ExperimentConfig
@@ -111,14 +111,7 @@ def one(stage, changes, rows, length):
   gc.collect()
   pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
   before = resident()
-
-  def fill(leaf):
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      return jax.random.key(0)
-    return jnp.full(leaf.shape, 1, leaf.dtype) if leaf.dtype == jnp.int32 else jnp.ones(leaf.shape)
-
-  arguments = jax.tree.map(fill, program.shapes)
-  jax.block_until_ready(arguments)
+  arguments = fill(program.shapes)
   gc.collect()
   jax.block_until_ready(compiled(*arguments))
   kept = sum(program.arguments.values())

@@ -107,7 +107,7 @@ def run(repeats, count, devices, **case):
 def one(repeats, stage, rows, length, coordinator, count, index):
   """Milliseconds a call of a stage's program, and the plan's least time for it."""
   import jax
-  import jax.numpy as jnp
+  from common import fill
 
   from rlhf_jax import config as config_lib
   from rlhf_jax.experiment import ExperimentConfig
@@ -133,15 +133,9 @@ def one(repeats, stage, rows, length, coordinator, count, index):
   compiled = program.compile()
   least = roofline.estimate(program, compiled, calibrate()).least
 
-  def fill(leaf):
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      return mesh_lib.put(jax.random.key(0), leaf.sharding)
-    value = jnp.full(leaf.shape, 1, leaf.dtype) if leaf.dtype == jnp.int32 else None
-    return mesh_lib.put(jnp.full(leaf.shape, 0.01) if value is None else value, leaf.sharding)
-
   times = []
   for _ in range(repeats + 2):
-    arguments = jax.block_until_ready(jax.tree.map(fill, program.shapes))  # some are donated
+    arguments = fill(program.shapes)  # anew, since some are donated
     hosts.wait("ready")
     began = time.perf_counter()
     jax.block_until_ready(compiled(*arguments))
