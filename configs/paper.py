@@ -147,6 +147,7 @@ def nplus() -> ConfigDict:
     rollout=rollout(temperature=0.7, max_new_tokens=53),  # N+
     eval_every=50,
     frozen=(),
+    offload=(),
     policy_optim=adam(3e-6, "linear", final_fraction=0.0, beta2=0.999),  # N+
     value_optim=adam(3e-6, "linear", final_fraction=0.0, beta2=0.999),  # N+: the same optimiser
   )
@@ -202,6 +203,7 @@ def common() -> ConfigDict:
     flip_rate=0.0,
   )
   config.evaluation = dict(prompts=512, examples=24)
+  config.checkpoints = dict(keep=2, keep_every=None, background=True)
   return config
 
 

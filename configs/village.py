@@ -44,16 +44,7 @@ def standard() -> ConfigDict:
     optim=optim(4e-3, "cosine", final_fraction=0.1, warmup_steps=50),
   )
 
-  config.comparisons = dict(
-    prompts=14_000,
-    responses=4,  # K; InstructGPT: 4 to 9
-    include_original=False,
-    include_recorded=False,
-    heldout_prompts=200,
-    batch_size=256,
-    prompt_length=44,
-    sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0, stop=None),
-  )
+  config.comparisons = comparisons()
   config.gold = "village"
   config.gold_model = None
   config.labelers = dict(
@@ -81,6 +72,7 @@ def standard() -> ConfigDict:
   )
   config.ppo = ppo()
   config.evaluation = dict(prompts=500, examples=27)
+  config.checkpoints = dict(keep=2, keep_every=None, background=True)
   return config
 
 
@@ -116,6 +108,20 @@ def data() -> dict:
   )
 
 
+def comparisons() -> dict:
+  """Every prompt answered four times."""
+  return dict(
+    prompts=14_000,
+    responses=4,  # K; InstructGPT: 4 to 9
+    include_original=False,
+    include_recorded=False,
+    heldout_prompts=200,
+    batch_size=256,
+    prompt_length=44,
+    sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0, stop=None),
+  )
+
+
 def ppo() -> dict:
   """Fifty batches of 128 episodes."""
   return dict(
@@ -142,6 +148,7 @@ def ppo() -> dict:
     ),
     eval_every=10,
     frozen=(),
+    offload=(),
     policy_optim=optim(4e-4, "linear", final_fraction=0.0, warmup_steps=0),
     value_optim=optim(1e-3, "linear", final_fraction=0.0, warmup_steps=0),
   )

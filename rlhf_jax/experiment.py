@@ -30,7 +30,7 @@ from rlhf_jax.ppo_config import PPOConfig
 from rlhf_jax.text import dialogue
 from rlhf_jax.text import tokenizer as tokenizer_lib
 from rlhf_jax.text.tokenizer import Tokenizer
-from rlhf_jax.training import files, optim
+from rlhf_jax.training import checkpoint, files, optim
 from rlhf_jax.types import Params, UserError
 
 # Special tokens of a tokenizer that is trained here, whichever template the run uses.
@@ -74,6 +74,7 @@ class ExperimentConfig:
   reward: reward.RewardConfig
   ppo: PPOConfig
   evaluation: EvaluationConfig
+  checkpoints: checkpoint.CheckpointConfig
 
   def __post_init__(self):
     if (self.gold == "reward_model") != (self.gold_model is not None):

@@ -19,6 +19,7 @@ class Stage:
   unit: str  # what a step processes: "tokens", "prompts", "episodes"
   per_step: float  # how many of them
   shown: tuple[str, ...]  # metrics on the progress line
+  checkpoints: checkpoint.CheckpointConfig  # which of them stay
   writers: tuple[loop.Writer, ...] = ()  # who else sees each step's metrics
 
 
@@ -42,7 +43,7 @@ def fit(
   Returns:
     The final state and the checkpoints.
   """
-  checkpoints = checkpoint.Checkpointer(stage.directory / "checkpoints", keep=2)
+  checkpoints = checkpoint.Checkpointer(stage.directory / "checkpoints", stage.checkpoints)
   restored = checkpoints.restore_or_init(state)
   recording = metrics.recording(
     stage.directory,
@@ -54,7 +55,7 @@ def fit(
     shown=stage.shown,
   )
   heldout = metrics.heldout(stage.directory, after=restored.step)
-  with recording as writers, heldout as write_heldout:
+  with recording as writers, heldout as write_heldout, checkpoints:
     guard = loop.finite_guard(checkpoints.describe_latest)
 
     def assess(step, state, _):

@@ -23,6 +23,7 @@ from rlhf_jax.generation.respond import Responder
 from rlhf_jax.networks import heads
 from rlhf_jax.parallel import hosts, rules
 from rlhf_jax.parallel import mesh as mesh_lib
+from rlhf_jax.ppo_config import PPOConfig
 from rlhf_jax.training import checkpoint, optim
 from rlhf_jax.types import Metrics, Params, TokenBatch
 
@@ -67,6 +68,7 @@ def supervise(run: Run, directory: pathlib.Path) -> Params:
     unit="tokens",
     per_step=config.batch_size * config.sequence_length,
     shown=("sft/loss", "sft/accuracy"),
+    checkpoints=run.config.checkpoints,
   )
   stream = feeds.batch_stream(run, sources, config.batch_size)
   _, checkpoints = fit(stage, lambda s, b: step(s, b, frozen), state, stream, evaluate)
@@ -143,6 +145,7 @@ def fit_reward(
     unit="prompts",
     per_step=config.batch_size * len(train) / max(len(source.rows), 1),
     shown=("reward/loss", "reward/accuracy"),
+    checkpoints=run.config.checkpoints,
   )
   stream = feeds.batch_stream(run, [source], config.batch_size)
   state, _ = fit(stage, lambda s, b: step(s, b, frozen), state, stream, evaluate)
@@ -190,7 +193,8 @@ def train_policy(
     prompts, text = batch
     current = optim.merge(state.policy, frozen_policy), optim.merge(state.critic, frozen_critic)
     seen = sample(*current, judges, prompts, ppo.keys(state)[0])
-    return update(state, frozen, seen, text)
+    state, metrics = update(mesh_lib.to_devices(state), frozen, seen, text)
+    return at_rest(state, config), metrics
 
   heldout, _ = next(feeds.experience_stream(run, "heldout")(0))
 
@@ -211,6 +215,7 @@ def train_policy(
     unit="episodes",
     per_step=config.rollout.batch_size,
     shown=("objective/scores", "objective/kl"),
+    checkpoints=run.config.checkpoints,
     writers=(warn_negative_kl,),
   )
   state, _ = fit(stage, step, state, feeds.experience_stream(run, "train"), evaluate)
@@ -234,7 +239,18 @@ def begin_ppo(
     rollout.in_compute_dtype(run.policy, judges.reference),
     rollout.in_compute_dtype(run.scalar, judges.reward),
   )
-  return learner, rules.place(state, run.mesh), (frozen_policy, frozen_critic), small
+  if "judges" in config.offload:
+    small = mesh_lib.to_host(small)
+  state = at_rest(rules.place(state, run.mesh), config)
+  return learner, state, (frozen_policy, frozen_critic), small
+
+
+def at_rest(state: ppo.PPOState, config: PPOConfig) -> ppo.PPOState:
+  """The state between updates: what the optimisers keep is in host memory, if it is offloaded."""
+  if "optimizers" not in config.offload:
+    return state
+  to_host = mesh_lib.to_host
+  return state.replace(policy_opt=to_host(state.policy_opt), critic_opt=to_host(state.critic_opt))
 
 
 def warn_negative_kl(step: int, metrics: dict[str, float]) -> None:
@@ -257,7 +273,7 @@ def warn_negative_kl(step: int, metrics: dict[str, float]) -> None:
 def sampler(run: Run, stem_blocks: int) -> tuple[Responder, Callable]:
   """How rollouts are made: the responder, and `(policy, critic, judges, prompts, key) -> Rollout`.
 
-  The latter is two compiled functions in a row.
+  The latter is two compiled functions in a row; judges may be in host memory.
   """
   config = run.config.ppo.rollout
   responder = run.responder(config.sampling, config.prompt_length, config.batch_size)
@@ -272,6 +288,7 @@ def sampler(run: Run, stem_blocks: int) -> tuple[Responder, Callable]:
   score = mesh_lib.jit(functools.partial(rollout.score, how), run.mesh)
 
   def sample(policy: Params, critic: Params, judges: rollout.Judges, prompts, key):
-    return score(judges, critic, prompts, responder.generate(policy, prompts, key))
+    completion = responder.generate(policy, prompts, key)
+    return score(mesh_lib.to_devices(judges), critic, prompts, completion)
 
   return responder, sample

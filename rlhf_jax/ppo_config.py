@@ -49,6 +49,7 @@ class PPOConfig:
   rollout: rollout.RolloutConfig
   eval_every: PositiveInt  # steps between held-out figures and checkpoints
   frozen: tuple[str, ...]  # regexes over trunk paths that stay as they are, in both networks
+  offload: tuple[Literal["judges", "optimizers"], ...]  # are in host memory while they are idle
   policy_optim: optim.OptimConfig
   value_optim: optim.OptimConfig
 

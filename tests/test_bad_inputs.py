@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import tiny
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import launch
@@ -233,7 +234,7 @@ def test_a_loss_that_diverges_stops_with_step_and_metric_and_keeps_the_last_good
   step, metric = re.search(r"step (\d+): (?:metric|the state: ?)?\W*'([\w/]+)'", said).groups()
   assert int(step) == 2 and metric.startswith("sft/")
   assert "training stopped" in said and f"{workdir}/sft/checkpoints/1" in said
-  kept = checkpoint.Checkpointer(workdir / "sft/checkpoints", keep=2)
+  kept = tiny.checkpointer(workdir / "sft/checkpoints", keep=2)
   assert kept.steps() == [1]
   heldout = metrics.read_jsonl(workdir / "sft/heldout.jsonl")
   assert np.isfinite(heldout[0]["sft/heldout_loss"])

@@ -17,7 +17,6 @@ from rlhf_jax.networks import heads
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
 from rlhf_jax.parallel.mesh import MeshConfig
-from rlhf_jax.training import checkpoint
 from rlhf_jax.types import UserError
 
 # The first two are always tested, all of them by `make matrix`.
@@ -237,10 +236,11 @@ def test_a_tensor_that_does_not_divide_is_an_error_with_both_numbers():
 @pytest.mark.parametrize("axes", [(2, 4, 1), (1, 2, 4), None], ids=lambda axes: str(axes))
 def test_a_checkpoint_of_one_mesh_restores_onto_another_bit_for_bit(axes, tmp_path):
   _, saved, _ = stages.supervised(mesh_lib.make(MeshConfig(1, 8, 1)))
-  checkpoint.Checkpointer(tmp_path, keep=1).save(1, saved)
+  with tiny.checkpointer(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(1, saved)
   mesh = mesh_lib.make(MeshConfig(*axes)) if axes else stages.one_device()
   wanted = rules.abstract(jax.eval_shape(lambda: saved), mesh)
-  restored = checkpoint.Checkpointer(tmp_path, keep=1).restore(wanted).state
+  restored = tiny.checkpointer(tmp_path, keep=1).restore(wanted).state
   assert tiny.digest(restored) == tiny.digest(saved)
   for array, sharding in zip(*map(jax.tree.leaves, (restored, rules.partition(saved, mesh)))):
     assert array.sharding.is_equivalent_to(sharding, array.ndim)

@@ -97,6 +97,17 @@ def test_ppo_keeps_the_same_in_memory_whatever_it_does(planned):
   assert sizes[0] == sizes[1] == sizes[2] > 0
 
 
+def test_what_is_offloaded_is_not_kept_beside(planned, tmp_path):
+  config = runs.tiny(tmp_path, mesh__fsdp=2, mesh__tensor=2, ppo__offload=("judges", "optimizers"))
+  built = config_lib.build(ExperimentConfig, config)
+  away = {p.name: p for p in programs.of_run(built, planned[1])}
+  saved = {name: planned[0][name].beside - away[name].beside for name in away}
+  judges = away["ppo score"].arguments["judges"]
+  assert saved["ppo update"] == judges > 0
+  assert saved["ppo generate"] == judges + saved["ppo score"] and saved["ppo score"] > judges
+  assert away["ppo update"].beside == 0
+
+
 def test_what_does_not_fit_is_named_with_what_would_help(planned):
   program = planned[0]["sft step"]
   compiled = program.compile()

@@ -49,7 +49,9 @@ def finish(process):
 def command(tmp_path_factory):
   """`command(workdir)`: the arguments of a run."""
   data = tmp_path_factory.mktemp("data")
-  return lambda workdir: runs.arguments(data, workdir, ppo__ema_decay=0.9)
+  return lambda workdir: runs.arguments(
+    data, workdir, ppo__ema_decay=0.9, ppo__offload=("judges", "optimizers")
+  )
 
 
 @pytest.fixture(scope="module")

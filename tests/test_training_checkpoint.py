@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import flax.struct
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,9 +49,10 @@ def bits(tree):
 
 
 def saved(directory, steps, keep=5):
-  checkpoints = checkpoint.Checkpointer(directory, keep=keep)
+  checkpoints = tiny.checkpointer(directory, keep=keep)
   for step in steps:
     checkpoints.save(step, state_of(step), {"position": 10 * step})
+  checkpoints.finish()
   return checkpoints
 
 
@@ -85,17 +88,67 @@ def test_restore_needs_shapes_only_and_obeys_shardings(tmp_path):
 
 def test_restore_or_init_keeps_the_initial_state_where_nothing_was_saved(tmp_path):
   initial = state_of(0)
-  restored = checkpoint.Checkpointer(tmp_path, keep=1).restore_or_init(initial)
+  restored = tiny.checkpointer(tmp_path, keep=1).restore_or_init(initial)
   assert restored.state is initial and (restored.step, restored.extra) == (0, {})
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
-  checkpoints = checkpoint.Checkpointer(tmp_path, keep=2)
+  checkpoints = tiny.checkpointer(tmp_path, keep=2)
   for step, score in enumerate([0.1, 0.9, 0.3, 0.9, 0.2], start=1):
     checkpoints.save(step, state_of(step), score=score)
+  checkpoints.finish()
   assert checkpoints.best_step() == 2  # the earlier of equals
   assert checkpoints.steps() == [2, 4, 5]
   assert checkpoints.restore(state_of(0), step=2).step == 2
+
+
+def test_every_third_is_kept_for_good_beside_the_newest(tmp_path):
+  with tiny.checkpointer(tmp_path, keep=1, keep_every=3) as checkpoints:
+    for step in range(1, 9):
+      checkpoints.save(step, state_of(step))
+  assert checkpoints.steps() == [3, 6, 8]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_state_that_is_donated_right_after_save_is_saved_as_it_was(tmp_path, background):
+  state = state_of(1, width=512)
+  before = bits(state)
+  move = jax.jit(
+    lambda state: jax.tree.map(
+      lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x + 1, state
+    ),
+    donate_argnums=0,
+  )
+  with tiny.checkpointer(tmp_path, background=background) as checkpoints:
+    checkpoints.save(1, state)
+    for _ in range(3):
+      state = move(state)
+  assert bits(checkpoints.restore(state_of(0, width=512)).state) == before
+  assert bits(state) != before
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+  write, may_write = files.write_about, threading.Event()
+  wait_and_write = lambda *args: (may_write.wait(timeout=60), write(*args))
+  monkeypatch.setattr(files, "write_about", wait_and_write)
+  checkpoints = tiny.checkpointer(tmp_path)
+  checkpoints.save(1, state_of(1))
+  assert checkpoints.steps() == []  # `save` is back, and nothing counts as written
+  may_write.set()
+  checkpoints.finish()
+  assert checkpoints.steps() == [1]
+
+
+def test_what_went_wrong_in_the_background_is_said_by_the_next_save(tmp_path, monkeypatch):
+  def full(directory, about):
+    raise OSError(28, "No space left on device")
+
+  checkpoints = saved(tmp_path, [1])
+  monkeypatch.setattr(files, "write_about", full)
+  checkpoints.save(2, state_of(2))
+  with pytest.raises(UserError, match="2 could not be written: .*No space left.*Kept: .*1. Free"):
+    checkpoints.save(3, state_of(3))
+  assert [p.name for p in tmp_path.iterdir()] == ["1"]
 
 
 def test_the_newest_step_may_be_saved_twice_an_older_one_not(tmp_path):
@@ -178,8 +231,8 @@ KILLED = textwrap.dedent("""
   import sys
   sys.path.insert(0, {tests!r})
   import conftest, test_training_checkpoint as t
-  from rlhf_jax.training import checkpoint
-  checkpoints = checkpoint.Checkpointer({directory!r}, keep=2)
+  import tiny
+  checkpoints = tiny.checkpointer({directory!r}, keep=2)
   restored = checkpoints.restore_or_init(t.state_of(0))
   assert t.bits(restored.state) == t.bits(t.state_of(restored.step)), "not what was saved"
   sys.stdout.write(f"{{restored.step}}\\n")
@@ -201,7 +254,7 @@ def test_killed_in_mid_save_the_last_good_checkpoint_is_used(tmp_path):
       child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
   assert resumed[0] == 0 and resumed == sorted(set(resumed))
-  final = checkpoint.Checkpointer(tmp_path, keep=2)
+  final = tiny.checkpointer(tmp_path, keep=2)
   assert not list(tmp_path.glob("tmp-*"))  # what the kill left is swept
   restored = final.restore(state_of(0))
   assert restored.step > resumed[-1] and bits(restored.state) == bits(state_of(restored.step))
@@ -219,6 +272,7 @@ LIMITED = textwrap.dedent("""
   resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
   try:
     checkpoints.save(2, t.state_of(2))
+    checkpoints.finish()
   except UserError as error:
     sys.exit(f"UserError: {{error}}")
 """)
@@ -238,7 +292,7 @@ def test_a_limit_hit_in_mid_save_leaves_a_clear_error_and_the_older_checkpoint(
   else:
     assert f"UserError: {tmp_path / '2'} could not be written" in child.stderr
   assert [p.name for p in tmp_path.iterdir()] == ["1"]
-  assert checkpoint.Checkpointer(tmp_path, keep=1).restore(state_of(0)).step == 1
+  assert tiny.checkpointer(tmp_path, keep=1).restore(state_of(0)).step == 1
 
 
 def test_too_little_space_is_noticed_before_the_first_byte(tmp_path, monkeypatch):
@@ -253,7 +307,7 @@ def test_too_little_space_is_noticed_before_the_first_byte(tmp_path, monkeypatch
 def test_a_directory_that_cannot_be_written_is_a_clear_error(tmp_path):
   (tmp_path / "file").write_text("in the way")
   with pytest.raises(UserError, match="file/run cannot be written.*another workdir"):
-    checkpoint.Checkpointer(tmp_path / "file" / "run", keep=1)
+    tiny.checkpointer(tmp_path / "file" / "run", keep=1)
 
 
 def test_a_finished_stage_gives_back_parameters_and_config(tmp_path):

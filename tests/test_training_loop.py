@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from rlhf_jax.training import checkpoint, loop
+from rlhf_jax.training import loop
 from rlhf_jax.types import UserError
 
 
@@ -122,7 +123,7 @@ def poisoned(at, value=np.nan):
 def test_a_metric_that_is_not_finite_stops_the_run_and_names_step_metric_and_checkpoint(
   tmp_path, value
 ):
-  checkpoints = checkpoint.Checkpointer(tmp_path, keep=3)
+  checkpoints = tiny.checkpointer(tmp_path, keep=3)
   written = []
   with pytest.raises(loop.NonFiniteError, match="step 5: metric 'total'") as caught:
     loop.run(
@@ -141,7 +142,7 @@ def test_a_metric_that_is_not_finite_stops_the_run_and_names_step_metric_and_che
 
 def test_no_checkpoint_is_written_at_the_very_step_that_turned_nan(tmp_path):
   # The hook is due at the bad step itself: its metrics are looked at before it fires.
-  checkpoints = checkpoint.Checkpointer(tmp_path, keep=3)
+  checkpoints = tiny.checkpointer(tmp_path, keep=3)
   with pytest.raises(loop.NonFiniteError):
     loop.run(
       add,
@@ -159,7 +160,7 @@ def test_a_state_that_went_nan_behind_finite_metrics_is_not_saved(tmp_path):
   def silent(state, batch):
     return State(state.step + 1, state.total + batch), {"loss": jnp.float32(1)}
 
-  checkpoints = checkpoint.Checkpointer(tmp_path, keep=3)
+  checkpoints = tiny.checkpointer(tmp_path, keep=3)
   with pytest.raises(loop.NonFiniteError, match="step 4: the state: 'total' holds a NaN"):
     loop.run(
       silent,

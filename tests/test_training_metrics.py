@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
+import tiny
 
-from rlhf_jax.training import checkpoint, loop, metrics
+from rlhf_jax.training import loop, metrics
 from rlhf_jax.types import UserError
 
 
@@ -77,7 +78,7 @@ class Killed(BaseException):
 def train(directory, *, kill_at=None):
   """Twelve steps with a checkpoint every four; `kill_at` ends it when that step is dispatched."""
   state = State(jnp.int32(0), jnp.float32(1), jax.random.key(0))
-  checkpoints = checkpoint.Checkpointer(directory / "checkpoints", keep=2)
+  checkpoints = tiny.checkpointer(directory / "checkpoints", keep=2)
   restored = checkpoints.restore_or_init(state)
   batches = (jnp.float32(math.sin(i)) for i in itertools.count(restored.step))
 
@@ -87,7 +88,8 @@ def train(directory, *, kill_at=None):
     return noisy_step(state, batch)
 
   save = loop.every(4, lambda step, state, m: checkpoints.save(step, state))
-  with metrics.recording(directory, "toy", after=restored.step, num_steps=12) as writers:
+  recording = metrics.recording(directory, "toy", after=restored.step, num_steps=12)
+  with checkpoints, recording as writers:
     return loop.run(step_fn, restored.state, batches, 12, writers=writers, hooks=[save])
 
 

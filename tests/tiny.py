@@ -14,6 +14,7 @@ from rlhf_jax import ppo_config, rollout
 from rlhf_jax.generation.sampling import SamplingConfig
 from rlhf_jax.networks import heads
 from rlhf_jax.networks.transformer import ComputeConfig, ModelConfig
+from rlhf_jax.training import checkpoint
 from rlhf_jax.training.optim import OptimConfig
 from rlhf_jax.types import PromptBatch
 
@@ -66,6 +67,7 @@ PPO = ppo_config.PPOConfig(
   rollout=rollout.RolloutConfig(batch_size=8, micro_batches=1, prompt_length=5, sampling=SAMPLING),
   eval_every=5,
   frozen=(),
+  offload=(),
   policy_optim=OPTIM,
   value_optim=OPTIM,
 )
@@ -135,3 +137,8 @@ def assert_trees_close(actual, expected, **tolerance):
     actual,
     expected,
   )
+
+
+def checkpointer(directory, keep=5, keep_every=None, background=True):
+  config = checkpoint.CheckpointConfig(keep, keep_every, background)
+  return checkpoint.Checkpointer(directory, config)

@@ -112,6 +112,25 @@ def put(x: Any, sharding: NamedSharding) -> jax.Array:
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
+def to_host(tree: Any) -> Any:
+  """Arrays moved out of the devices' memory; each piece goes to its own device's host."""
+  return _move(tree, "pinned_host")
+
+
+def to_devices(tree: Any) -> Any:
+  """Arrays moved back to where they compute; those that are there stay as they are."""
+  return _move(tree, jax.local_devices()[0].default_memory().kind)
+
+
+def _move(tree: Any, kind: str) -> Any:
+  def move(x: jax.Array) -> jax.Array:
+    if x.sharding.memory_kind == kind:
+      return x
+    return jax.device_put(x, x.sharding.with_memory_kind(kind))
+
+  return jax.tree.map(move, tree)
+
+
 def shard_count(sharding: NamedSharding, shape: tuple[int, ...]) -> int:
   """Into how many different pieces an array of `shape` is cut."""
   piece = sharding.shard_shape(shape)

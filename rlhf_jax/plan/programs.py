@@ -88,6 +88,8 @@ def improved(config: ExperimentConfig, mesh: Mesh) -> list[Program]:
     abstract(functools.partial(rollout.in_compute_dtype, scalar), mesh, of_critic),
   )
   kept = {"state": state, "judges": judges, "frozen": frozen}
+  away = {"judges": judges, "optimizers": (state.policy_opt, state.critic_opt)}
+  away = {name: tree for name, tree in away.items() if name in stage.offload}
 
   prompts = on_batch(mesh, (stage.rollout.batch_size, stage.rollout.prompt_length), jnp.int32)
   prompts = PromptBatch(prompts, jax.tree.map(as_float, prompts))
@@ -98,7 +100,7 @@ def improved(config: ExperimentConfig, mesh: Mesh) -> list[Program]:
   arguments = {"policy": of_policy, "prompts": prompts, "key": place_key}
   generated = mesh_lib.jit(generate, mesh)
   trips = sampling.max_new_tokens - 1
-  rolled = program("ppo generate", generated, arguments, kept, ("policy",), trips)
+  rolled = program("ppo generate", generated, arguments, kept, ("policy",), away, trips)
 
   drawn = (stage.rollout.batch_size, sampling.max_new_tokens)
   ids, floats = on_batch(mesh, drawn, jnp.int32), on_batch(mesh, drawn, jnp.float32)
@@ -109,8 +111,8 @@ def improved(config: ExperimentConfig, mesh: Mesh) -> list[Program]:
   )
   score = functools.partial(rollout.score, how)
   arguments = {"judges": judges, "critic": of_critic, "prompts": prompts, "completion": completion}
-  taken = ("judges", "critic")
-  scored = program("ppo score", mesh_lib.jit(score, mesh), arguments, kept, taken)
+  taken, idle = ("judges", "critic"), {name: x for name, x in away.items() if name != "judges"}
+  scored = program("ppo score", mesh_lib.jit(score, mesh), arguments, kept, taken, idle)
 
   seen = jax.eval_shape(score, *arguments.values())
   seen = jax.tree.map(lambda x: on_batch(mesh, x.shape, x.dtype), seen)
@@ -121,7 +123,8 @@ def improved(config: ExperimentConfig, mesh: Mesh) -> list[Program]:
   update = functools.partial(ppo.update, learner=learner)
   update = rules.compile_step(update, state, mesh)
   arguments = {"state": state, "frozen": frozen, "rollouts": seen, "text": text}
-  updated = program("ppo update", update, arguments, kept, ("state", "frozen"))
+  idle = {name: x for name, x in away.items() if name != "optimizers"}
+  updated = program("ppo update", update, arguments, kept, ("state", "frozen"), idle)
   return [rolled, scored, updated]
 
 
@@ -131,11 +134,15 @@ def program(
   arguments: dict[str, Any],
   kept: Any = None,
   taken: tuple[str, ...] = (),
+  away: Any = None,
   loops: int = 1,
 ) -> Program:
-  """A program by its arguments, of which those `taken` are among what its phase keeps anyway."""
+  """A program by its arguments, of which those `taken` are among what its phase keeps anyway.
+
+  What is `away` of that is in host memory meanwhile.
+  """
   sizes = {name: bytes_of(tree) for name, tree in arguments.items()}
-  beside = bytes_of(kept) - sum(sizes[name] for name in taken)
+  beside = bytes_of(kept) - bytes_of(away) - sum(sizes[name] for name in taken)
   shapes = tuple(arguments.values())
   compile_it = lambda: function.lower(*shapes).compile()
   return Program(name, compile_it, shapes, sizes, beside, loops)
