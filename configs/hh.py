@@ -218,6 +218,7 @@ def ppo(sampling: dict) -> dict:
     rollout=dict(batch_size=32, micro_batches=1, prompt_length=96, sampling=sampling),
     eval_every=10,
     frozen=(),
+    rules=(),
     offload=(),
     policy_optim=optim(5e-5, "linear", final_fraction=0.0, warmup_steps=2),
     value_optim=optim(2e-4, "linear", final_fraction=0.0, warmup_steps=2),

@@ -74,6 +74,8 @@ def instructgpt() -> ConfigDict:
     rollout=rollout(temperature=1.0, max_new_tokens=1_024),  # IG C.4
     eval_every=25,
     frozen=(),
+    rules=(),
+    offload=(),
     # IG does not print the rate: swept from 2.55e-6 to 2.55e-5, above 8.05e-6 diverged without ptx.
     # Warm-up over the first 10 batches of 8 minibatches, from a tenth of the peak (C.4).
     policy_optim=adam(8.05e-6, "constant", final_fraction=1.0, warmup_steps=80),
@@ -147,6 +149,7 @@ def nplus() -> ConfigDict:
     rollout=rollout(temperature=0.7, max_new_tokens=53),  # N+
     eval_every=50,
     frozen=(),
+    rules=(),
     offload=(),
     policy_optim=adam(3e-6, "linear", final_fraction=0.0, beta2=0.999),  # N+
     value_optim=adam(3e-6, "linear", final_fraction=0.0, beta2=0.999),  # N+: the same optimiser

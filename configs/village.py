@@ -148,6 +148,7 @@ def ppo() -> dict:
     ),
     eval_every=10,
     frozen=(),
+    rules=(),
     offload=(),
     policy_optim=optim(4e-4, "linear", final_fraction=0.0, warmup_steps=0),
     value_optim=optim(1e-3, "linear", final_fraction=0.0, warmup_steps=0),

@@ -186,7 +186,8 @@ def train_policy(
   learner, state, frozen, judges = begin_ppo(run, directory.parent.name, policy, judges)
   del policy
   frozen_policy, frozen_critic = frozen
-  update = rules.compile_step(functools.partial(ppo.update, learner=learner), state, run.mesh)
+  update = functools.partial(ppo.update, learner=learner)
+  update = rules.compile_step(update, state, run.mesh, rules.table(config.rules))
   _, sample = sampler(run, learner.stem_blocks)
 
   def step(state: ppo.PPOState, batch):
@@ -239,9 +240,11 @@ def begin_ppo(
     rollout.in_compute_dtype(run.policy, judges.reference),
     rollout.in_compute_dtype(run.scalar, judges.reward),
   )
+  table = rules.table(config.rules)
+  small = rules.place(small, run.mesh, table)
   if "judges" in config.offload:
     small = mesh_lib.to_host(small)
-  state = at_rest(rules.place(state, run.mesh), config)
+  state = at_rest(rules.place(state, run.mesh, table), config)
   return learner, state, (frozen_policy, frozen_critic), small
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from rlhf_jax import rollout
 from rlhf_jax.config import Fraction, NonNegative, Positive, PositiveInt, Range
+from rlhf_jax.parallel import rules
 from rlhf_jax.training import accumulate, optim
 from rlhf_jax.types import UserError
 
@@ -49,6 +50,7 @@ class PPOConfig:
   rollout: rollout.RolloutConfig
   eval_every: PositiveInt  # steps between held-out figures and checkpoints
   frozen: tuple[str, ...]  # regexes over trunk paths that stay as they are, in both networks
+  rules: tuple[rules.Row, ...]  # where "policy...", "critic...", "reference/..." live, or "reward/"
   offload: tuple[Literal["judges", "optimizers"], ...]  # are in host memory while they are idle
   policy_optim: optim.OptimConfig
   value_optim: optim.OptimConfig
@@ -59,6 +61,7 @@ class PPOConfig:
         f"config ppo: rollout.batch_size {self.rollout.batch_size} is not divisible by minibatches "
         f"{self.minibatches}."
       )
+    rules.table(self.rules)
     accumulate.check("ppo", self.rollout.batch_size // self.minibatches, self.micro_batches)
     accumulate.check("ppo.ptx", self.ptx_rows, self.micro_batches)
     if self.ptx.coef and not self.ptx_rows:

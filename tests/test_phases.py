@@ -82,6 +82,37 @@ def test_offloaded_arrays_are_in_host_memory_between_steps(tiny_run):
   assert tiny.digest(back[1].policy_opt) == tiny.digest(state.policy_opt)
 
 
+def test_a_network_may_have_rules_of_its_own(tiny_run, tmp_path):
+  mesh = mesh_lib.make(mesh_lib.MeshConfig(2, 2, 2))
+  split = dataclasses.replace(tiny_run, mesh=mesh)
+  judges, start = judges_and_start(split)
+  row = (r"^(reference|critic).*kernel$", ())
+  config = tiny.changed(tiny_run.config, ppo__rules=(row,), ppo__num_steps=1)
+  own = dataclasses.replace(split, config=config)
+  _, state, _, kept = phases.begin_ppo(own, "round_1", start, judges)
+  is_whole = lambda tree: tree["trunk"]["block_0"]["mlp"]["up"]["kernel"].is_fully_replicated
+  assert is_whole(state.critic) and is_whole(kept.reference)
+  assert not is_whole(state.policy) and not is_whole(kept.reward)
+  moments = [m for m in jax.tree.leaves(state.critic_opt) if m.ndim > 1]
+  assert sum(m.is_fully_replicated for m in moments) > len(moments) // 2
+  found = phases.train_policy(own, tmp_path / "own", start, judges)
+  plain = dataclasses.replace(split, config=tiny.changed(tiny_run.config, ppo__num_steps=1))
+  expected = phases.train_policy(plain, tmp_path / "plain", start, judges)
+  tiny.assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("row", "message"),
+  [((r"^(critic", ()), "is no regular expression"), ((r"^critic", ("model",)), "axis 'model'")],
+)
+def test_a_rule_that_cannot_be_meant_is_an_error(tiny_run, row, message):
+  with pytest.raises(UserError, match=message):
+    config = tiny.changed(tiny_run.config, ppo__rules=(row,))
+    run = dataclasses.replace(tiny_run, config=config)
+    judges, start = judges_and_start(run)
+    phases.begin_ppo(run, "round_1", start, judges)
+
+
 @pytest.mark.conformance("A9")
 def test_a_judge_chooses_the_sft_checkpoint_and_without_one_the_loss_does(
   tiny_run, monkeypatch, tmp_path
@@ -164,5 +195,4 @@ def test_ppo_lets_go_of_what_it_started_from(tiny_run, tmp_path, monkeypatch):
     fresh(run.policy, 0),
     rollout.Judges(fresh(run.policy, 1), fresh(run.scalar, 2)),
   )
-  # Of all that came in float32, the reward model's head alone stays: it is computed in float32.
-  assert alive == [(run.config.model.d_model, 1)] and len(given) > 20
+  assert alive == [] and len(given) > 20

@@ -67,6 +67,7 @@ PPO = ppo_config.PPOConfig(
   rollout=rollout.RolloutConfig(batch_size=8, micro_batches=1, prompt_length=5, sampling=SAMPLING),
   eval_every=5,
   frozen=(),
+  rules=(),
   offload=(),
   policy_optim=OPTIM,
   value_optim=OPTIM,

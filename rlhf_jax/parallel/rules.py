@@ -2,12 +2,13 @@
 
 A spec names the *last* axes of an array, so one rule serves a layer and a scanned stack of layers.
 The table covers whole train states: optimiser moments and EMA copies end in the same paths as the
-parameters they belong to. Scalars, counters and PRNG keys are replicated without a rule.
+parameters they belong to. Scalars, counters and PRNG keys are replicated without a rule. A network
+gets rules of its own by rows that go before (`table`), since paths begin with its name.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.types import UserError
 
 Rules = tuple[tuple[str, P], ...]
+Row = tuple[str, tuple[str | None, ...]]  # a rule as a config writes it
 
 TRANSFORMER: Rules = (
   (r"embed/embedding$", P("tensor", "fsdp")),  # [V, D]
@@ -36,6 +38,20 @@ ACTIVATIONS: Rules = (
   (r"^heads$", P(("data", "fsdp"), None, "tensor", None)),  # [B, T, N, H]
   (r"^table$", P("tensor", None)),  # [V, D], the embedding where it is read
 )
+
+
+def table(rows: Iterable[Row]) -> Rules:
+  """The rules of a config, before those that every network has.
+
+  Raises:
+    UserError: a pattern is no regular expression.
+  """
+  for pattern, _ in rows:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise UserError(f"config rules: {pattern!r} is no regular expression: {error}.") from error
+  return (*((pattern, P(*axes)) for pattern, axes in rows), *TRANSFORMER)
 
 
 def path_name(path: tuple) -> str:
@@ -94,6 +110,12 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
   for pattern, spec in rules:
     if re.search(pattern, name):
       full = P(*(None,) * (len(shape) - len(spec)), *spec)
+      unknown = {axis for axis in spec if isinstance(axis, str)} - set(mesh.shape)
+      if unknown:
+        raise UserError(
+          f"sharding: the rule {pattern!r} names the axis {min(unknown)!r}; the mesh has "
+          f"{', '.join(map(repr, mesh.shape))}."
+        )
       _check_divides(name, shape, full, mesh)
       return full
   raise UserError(f"sharding: no rule matches {name!r} of shape {shape}; add one to the table.")

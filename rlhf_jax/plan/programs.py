@@ -81,12 +81,15 @@ def improved(config: ExperimentConfig, mesh: Mesh) -> list[Program]:
   learner = ppo.make_learner(policy, scalar, stage, stem_blocks=0)
   of_policy, of_critic = parameters(policy, mesh), parameters(scalar, mesh)
   trainable, frozen = zip(*(optim.split(params, stage.frozen) for params in (of_policy, of_critic)))
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  state = abstract(functools.partial(ppo.init, learner), mesh, *trainable, key)
+  key, table = jax.eval_shape(lambda: jax.random.key(0)), rules.table(stage.rules)
+  state = jax.eval_shape(functools.partial(ppo.init, learner), *trainable, key)
   judges = rollout.Judges(
-    abstract(functools.partial(rollout.in_compute_dtype, policy), mesh, of_policy),
-    abstract(functools.partial(rollout.in_compute_dtype, scalar), mesh, of_critic),
+    jax.eval_shape(functools.partial(rollout.in_compute_dtype, policy), of_policy),
+    jax.eval_shape(functools.partial(rollout.in_compute_dtype, scalar), of_critic),
   )
+  state, judges = (rules.abstract(tree, mesh, table) for tree in (state, judges))
+  of_policy = optim.merge(state.policy, frozen[0])
+  of_critic = optim.merge(state.critic, frozen[1])
   kept = {"state": state, "judges": judges, "frozen": frozen}
   away = {"judges": judges, "optimizers": (state.policy_opt, state.critic_opt)}
   away = {name: tree for name, tree in away.items() if name in stage.offload}
@@ -121,7 +124,7 @@ def improved(config: ExperimentConfig, mesh: Mesh) -> list[Program]:
     shape = (stage.updates, stage.ptx_rows, stage.ptx.sequence_length)
     text = token_batch(mesh, shape, axis=1)
   update = functools.partial(ppo.update, learner=learner)
-  update = rules.compile_step(update, state, mesh)
+  update = rules.compile_step(update, state, mesh, table)
   arguments = {"state": state, "frozen": frozen, "rollouts": seen, "text": text}
   idle = {name: x for name, x in away.items() if name != "optimizers"}
   updated = program("ppo update", update, arguments, kept, ("state", "frozen"), idle)
