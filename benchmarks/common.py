@@ -1,13 +1,270 @@
-"""What the benchmarks share."""
+"""What the benchmarks share: models, workloads, honest timing, and what a machine could do at best.
 
-import jax
-import jax.numpy as jnp
+Models and workloads are those of the peers' harness, so that rows can stand side by side: all rows
+full length, ids drawn from [3, V), pad 0, and an end-of-message id that nothing draws.
+"""
 
-from rlhf_jax.parallel import mesh as mesh_lib
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+MODELS = {  # vocabulary, width, layers, heads, key-value heads, feed-forward width, tied head
+  "tiny": (4_096, 256, 6, 8, 8, 688, False),
+  "small": (8_192, 512, 8, 8, 4, 1_376, False),
+  "smollm2-135M": (49_152, 576, 30, 9, 3, 1_536, True),
+  "1b": (128_256, 2_048, 16, 32, 8, 8_192, True),
+}
+FIRST_ID = 3  # ids below are special
+NEVER = -1  # an id that is never drawn
+MOST_FOREIGN = 0.06  # share of all cores that others may use in a repetition that counts
+PATIENCE = float(os.environ.get("RLHF_BENCH_WAIT", "240"))  # seconds of waiting for quiet, in all
+_waited = 0.0
+
+
+def prepare() -> None:
+  """The process as experiments have it, but with nothing compiled before; call it before jax."""
+  from rlhf_jax import launch
+
+  os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+  launch.prepare()
+
+
+def arguments(doc: str, **more) -> argparse.Namespace:
+  """The command line; `more` are options beside those that all workloads have, by default."""
+  parser = argparse.ArgumentParser(
+    description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+  )
+  add = parser.add_argument
+  add("--model", default="tiny", choices=MODELS, help="which sizes")
+  add("--models", help="folder of checkpoints MODEL and MODEL-rm; none: random weights")
+  add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
+  add("--repeats", type=int, default=3, help="undisturbed repetitions of a row")
+  add("--out", help="where the JSON goes; none prints it")
+  for name, (default, text) in more.items():
+    kind = {"action": "store_true"} if default is False else {"type": type(default)}
+    add(f"--{name}", default=default, help=text, **kind)
+  return parser.parse_args()
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+  """A policy and a scalar network of the same sizes, with weights."""
+
+  policy: object
+  scalar: object
+  policy_params: object
+  reward_params: object
+
+
+def networks(name: str, folder: str | None, **compute) -> Networks:
+  """The networks of a model, with the weights of `folder` if one is given."""
+  import jax
+
+  from rlhf_jax.networks import heads, pretrained
+  from rlhf_jax.networks.transformer import ComputeConfig, ModelConfig
+
+  V, D, L, N, G, F, tied = MODELS[name]
+  compute = (
+    dict(dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto")
+    | compute
+  )
+  config = ModelConfig(V, D, L, N, G, D // N, F, 10_000.0, 1e-5, tied, ComputeConfig(**compute))
+  policy, scalar = heads.Policy(config), heads.ScalarNetwork(config)
+  if folder is None:
+    init = lambda network, seed: jax.jit(lambda key: heads.init(network, key))(jax.random.key(seed))
+    return Networks(policy, scalar, init(policy, 0), init(scalar, 1))
+  load = lambda suffix: pretrained.load_as(config, pathlib.Path(folder) / f"{name}{suffix}")
+  return Networks(policy, scalar, load(""), load("-rm"))
+
+
+def devices_for(rows: int) -> int:
+  """As many of the machine's devices as split the rows evenly."""
+  import jax
+
+  count = jax.device_count()
+  return next(n for n in range(count, 0, -1) if rows % n == 0)
+
+
+def mesh_of(devices: int):
+  """A mesh that splits rows over the first so many devices."""
+  import jax
+
+  axis_types = (jax.sharding.AxisType.Auto,) * 3
+  names, some = ("data", "fsdp", "tensor"), jax.devices()[:devices]
+  return jax.make_mesh((devices, 1, 1), names, axis_types, devices=some)
+
+
+def adamw(learning_rate: float, clip_norm: float | None = None):
+  """PyTorch's AdamW at a constant rate."""
+  from rlhf_jax.training.optim import OptimConfig
+
+  return OptimConfig(
+    learning_rate,
+    schedule="constant",
+    warmup_steps=0,
+    warmup_from=1.0,
+    final_fraction=1.0,
+    beta1=0.9,
+    beta2=0.999,
+    eps=1e-8,
+    weight_decay=0.0,
+    clip_norm=clip_norm,
+  )
+
+
+# Timing.
+
+
+@dataclasses.dataclass(frozen=True)
+class Repetition:
+  """One timed call."""
+
+  seconds: float
+  foreign: float  # share of all cores that other processes used meanwhile
+
+
+def busy_seconds() -> float:
+  """Core seconds that this machine has worked since it started."""
+  fields = pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+  ticks = [int(field) for field in fields]
+  return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # without idle and iowait
+
+
+def own_seconds() -> float:
+  """Core seconds that this process has worked."""
+  used = os.times()
+  return used.user + used.system
+
+
+def timed(function: Callable[[], None]) -> Repetition:
+  """How long one call takes; `function` waits for its results."""
+  busy, own, began = busy_seconds(), own_seconds(), time.perf_counter()
+  function()
+  seconds = time.perf_counter() - began
+  foreign = (busy_seconds() - busy) - (own_seconds() - own)
+  return Repetition(seconds, max(foreign, 0.0) / (seconds * os.cpu_count()))
+
+
+def wait_for_quiet() -> None:
+  """Until others use little of the machine, as long as patience lasts."""
+  global _waited
+  while _waited < PATIENCE and timed(lambda: time.sleep(0.4)).foreign > MOST_FOREIGN:
+    time.sleep(1.0)
+    _waited += 1.4
+
+
+def repeat(function: Callable[[], None], repeats: int) -> list[Repetition]:
+  """The `repeats` calls least disturbed by others, of at most twice as many and one."""
+  done = []
+  while sum(r.foreign <= MOST_FOREIGN for r in done) < repeats and len(done) < 2 * repeats + 1:
+    wait_for_quiet()
+    done.append(timed(function))
+  return sorted(done, key=lambda r: r.foreign)[:repeats]
+
+
+def measure_step(step: Callable, state, repeats: int) -> dict:
+  """Timed calls of a donating `state -> (state, metrics)`; the first one, which compiles, apart."""
+  import jax
+
+  latest = {"state": state}
+
+  def call():
+    latest["state"], metrics = step(latest["state"])
+    latest["metrics"] = jax.block_until_ready(metrics)
+
+  first = timed(call)
+  done = repeat(call, repeats)
+  metrics = {name: float(value) for name, value in latest["metrics"].items()}
+  return {"cold_seconds": first.seconds, "repetitions": done, "metrics": metrics}
+
+
+def rates(repetitions: list[Repetition], units: float, unit: str) -> dict:
+  """Units a second: median and spread, and whether others were in the way."""
+  found = [units / r.seconds for r in repetitions]
+  foreign = max(r.foreign for r in repetitions)
+  return {
+    "unit": unit,
+    "rate": spread(found),
+    "seconds": spread([r.seconds for r in repetitions]),
+    "foreign": foreign,
+    "contended": foreign > MOST_FOREIGN,
+  }
+
+
+def spread(values: list[float]) -> dict:
+  """Median, least and most."""
+  return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+# What the machine could do at best.
+
+
+def limits() -> dict[str, float]:
+  """Measured here and now: float32 matrix products (FLOP/s) and reads of memory (bytes/s)."""
+  import jax
+  import jax.numpy as jnp
+
+  def best(function, *inputs) -> float:
+    function = jax.jit(function)
+    jax.block_until_ready(function(*inputs))
+    return min(timed(lambda: jax.block_until_ready(function(*inputs))).seconds for _ in range(7))
+
+  x = jnp.ones((2_048, 2_048))
+  long = jnp.ones(1 << 26)
+  return {
+    "flops": max(2 * n**3 / best(jnp.dot, x[:n, :n], x[:n, :n]) for n in (1_024, 2_048)),
+    "bandwidth": long.nbytes / best(jnp.sum, long),
+  }
+
+
+def forward_flops(config, rows: int, length: int, head_columns: int) -> float:
+  """Multiply-adds of a forward pass, twice, with the head on so many columns of a row."""
+  c = config
+  attention = 2 * c.d_model * c.head_dim * (c.n_heads + c.n_kv_heads)
+  body = c.n_layers * (attention + 3 * c.d_model * c.d_ff)
+  scores = 2 * c.n_layers * c.n_heads * c.head_dim * length / 2
+  return 2.0 * rows * (length * (body + scores) + head_columns * c.vocab_size * c.d_model)
+
+
+def report(out: str | None, found: dict) -> None:
+  """Writes or prints the JSON."""
+  text = json.dumps(found | {"machine": machine()}, indent=1)
+  if out is None:
+    print(text)
+  else:
+    pathlib.Path(out).write_text(text)
+
+
+def machine() -> dict:
+  """What this ran on."""
+  import jax
+
+  device = jax.devices()[0]
+  return {
+    "processor": platform.machine(),
+    "cores": len(os.sched_getaffinity(0)),
+    "device": device.device_kind,
+    "devices": jax.device_count(),
+    "jax": jax.__version__,
+  }
 
 
 def fill(shapes):
   """Arrays for a plan's shapes, laid out as these say: ids of 1, numbers of 0.01, one key."""
+  import jax
+  import jax.numpy as jnp
+
+  from rlhf_jax.parallel import mesh as mesh_lib
 
   def one(leaf):
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

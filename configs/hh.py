@@ -50,7 +50,7 @@ def smollm2() -> ConfigDict:
     rope_base=100_000.0,
     norm_eps=1e-5,
     tie_embeddings=True,
-    compute=dict(dtype="float32", scan_layers=False, remat=False, logit_columns=16),
+    compute=compute(logit_columns=16),
   )
   # A CPU trains the upper blocks only. The blocks below are the same in policy, reference, critic
   # and reward model, so PPO runs them once a rollout.
@@ -94,7 +94,9 @@ def small() -> ConfigDict:
     rope_base=10_000.0,
     norm_eps=1e-5,
     tie_embeddings=True,
-    compute=dict(dtype="float32", scan_layers=False, remat=False, logit_columns=None),
+    compute=dict(
+      dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto"
+    ),
   )
   config.sft.update(num_steps=400, batch_size=16, sequence_length=192, eval_every=100)
   config.sft.optim.update(learning_rate=2e-3, warmup_steps=40)
@@ -194,6 +196,17 @@ def data() -> dict:
     ),
     weights=dict(hh_rlhf=0.6, instructions=0.4, text=1.0),
     prompts_from=("comparison",),
+  )
+
+
+def compute(logit_columns: int | None) -> dict:
+  """How networks are computed on a CPU."""
+  return dict(
+    dtype="float32",
+    scan_layers=False,
+    remat=False,
+    logit_columns=logit_columns,
+    attention="auto",
   )
 
 

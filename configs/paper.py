@@ -177,7 +177,9 @@ def common() -> ConfigDict:
     rope_base=130_000.0,
     norm_eps=1e-5,
     tie_embeddings=True,
-    compute=dict(dtype="bfloat16", scan_layers=True, remat=True, logit_columns=256),
+    compute=dict(
+      dtype="bfloat16", scan_layers=True, remat=True, logit_columns=256, attention="auto"
+    ),
   )
   names = ("hh-rlhf/helpful-base.jsonl.gz", "hh-rlhf/harmless-base.jsonl.gz")
   texts = ("text/c4_demo.jsonl.gz",)

@@ -89,7 +89,9 @@ def model() -> dict:
     rope_base=10_000.0,
     norm_eps=1e-5,
     tie_embeddings=False,
-    compute=dict(dtype="float32", scan_layers=False, remat=False, logit_columns=None),
+    compute=dict(
+      dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto"
+    ),
   )
 
 

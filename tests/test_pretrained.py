@@ -31,7 +31,9 @@ TINY = ModelConfig(
   rope_base=500.0,
   norm_eps=1e-5,
   tie_embeddings=False,
-  compute=ComputeConfig(dtype="float32", scan_layers=False, remat=False, logit_columns=None),
+  compute=ComputeConfig(
+    dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto"
+  ),
 )
 TIED = dataclasses.replace(TINY, tie_embeddings=True)
 

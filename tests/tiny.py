@@ -30,7 +30,9 @@ MODEL = ModelConfig(
   rope_base=100.0,
   norm_eps=1e-5,
   tie_embeddings=False,
-  compute=ComputeConfig(dtype="float32", scan_layers=False, remat=False, logit_columns=None),
+  compute=ComputeConfig(
+    dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto"
+  ),
 )
 POLICY = heads.Policy(MODEL)
 SCALAR = heads.ScalarNetwork(MODEL)

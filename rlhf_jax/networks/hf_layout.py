@@ -46,7 +46,9 @@ LAYER = {
   "mlp/down/kernel": "mlp.down_proj.weight",
 }
 # Checkpoints name their tensors layer by layer, so they are read into a network of this kind.
-COMPUTE = ComputeConfig(dtype="float32", scan_layers=False, remat=False, logit_columns=None)
+COMPUTE = ComputeConfig(
+  dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto"
+)
 MOST_NAMED = 6  # tensors listed in one message; a wrong file differs in hundreds
 
 

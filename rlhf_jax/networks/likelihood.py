@@ -41,10 +41,12 @@ def of_tokens(
 
   def look(hidden: jax.Array, tokens: jax.Array) -> Likelihood:
     logits = policy.apply({"params": params}, hidden, method="logits")
+    known = jax.lax.stop_gradient(logits)
+    chosen = jnp.take_along_axis(known, tokens[..., None], axis=-1)[..., 0]
     return Likelihood(
       logprobs=token_logprobs(logits, tokens, temperature),
-      entropy=entropy(jax.lax.stop_gradient(logits), temperature),
-      likeliest=(jnp.argmax(logits, axis=-1) == tokens).astype(jnp.float32),
+      entropy=entropy(known, temperature),
+      likeliest=(chosen >= jnp.max(known, axis=-1)).astype(jnp.float32),
     )
 
   T, C = tokens.shape[1], policy.config.compute.logit_columns

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.config import Positive, PositiveInt
-from rlhf_jax.networks.attention import attend, attention_mask, rotary, rotate
+from rlhf_jax.networks import attention, blocked
+from rlhf_jax.networks.attention import attention_mask, rotary, rotate
 from rlhf_jax.parallel.rules import constrain
 from rlhf_jax.types import UserError
 
@@ -30,6 +31,14 @@ class ComputeConfig:
   scan_layers: bool  # one compiled layer under lax.scan: compiles fast when deep, decodes slower
   remat: bool  # the backward pass keeps the stream between blocks, and computes the rest again
   logit_columns: PositiveInt | None  # of a row, whose logits a loss holds at once; None: all
+  # How whole rows attend: all at once, or in blocks (`blocked.py`); "auto": in blocks on a CPU.
+  attention: Literal["auto", "plain", "blocked"]
+
+  @property
+  def in_blocks(self) -> bool:
+    """Whether rows attend in blocks."""
+    on_cpu = jax.default_backend() == "cpu"
+    return self.attention == "blocked" or (self.attention == "auto" and on_cpu)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +132,9 @@ class Attention(nn.Module):
       # The barrier keeps XLA from fusing the update into its readers, which would need the old
       # cache as well and so copy every layer's cache on every decoded token.
       key, value = jax.lax.optimization_barrier((key, value))
-    mixed = constrain(attend(query, key, value, mask), "heads")
+    is_whole = layer_cache is None and c.compute.in_blocks
+    read = blocked.attend if is_whole else attention.attend
+    mixed = constrain(read(query, key, value, mask), "heads")
     out = nn.DenseGeneral(
       c.d_model,
       axis=(-2, -1),

@@ -99,6 +99,27 @@ def constrain(x: jax.Array, name: str, rules: Rules = ACTIVATIONS) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(*fits))
 
 
+def own_rows_and_heads(function: Callable, rows: int, heads: int) -> Callable:
+  """`function(mask, *arrays)` on the rows and heads of each device alone, in `mesh.jit`.
+
+  The mask is [B, ...], the arrays and results are [B, heads, ...]. So a loop over them stays on the
+  device. An axis that does not divide is whole everywhere; out of `mesh.jit` all are.
+  """
+  axes = jax.sharding.get_abstract_mesh().shape
+  if not axes:
+    return function
+  whole_spec = next(spec for pattern, spec in ACTIVATIONS if re.search(pattern, "heads"))
+  names = (whole_spec[0], rows), (whole_spec[2], heads)
+  row, head = (name if size % _devices(name, axes) == 0 else None for name, size in names)
+
+  def split(mask: jax.Array, *arrays: jax.Array):
+    specs = (P(row), *(P(row, head) for _ in arrays))
+    local = jax.shard_map(function, in_specs=specs, out_specs=P(row, head), check_vma=False)
+    return local(mask, *arrays)
+
+  return split
+
+
 def _devices(names: str | tuple[str, ...] | None, axes: Mapping[str, int]) -> int:
   """Over how many devices one axis of an array is split."""
   return math.prod(axes[name] for name in ((names,) if isinstance(names, str) else names or ()))

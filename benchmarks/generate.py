@@ -1,0 +1,102 @@
+"""Generation: new tokens a second of the compiled decoding loop, prefill included.
+
+  python benchmarks/generate.py --model=tiny [--batches=1,16,64] [--shapes=32x64,64x128] [--eos]
+
+Without --eos no row ends early. With it the ids i % 64 == 3 all end a row, so lengths are skewed
+(about 1 in 64 a step for random weights), and the rate counts useful tokens: those up to the end.
+"""
+
+import common
+
+if __name__ == "__main__":
+  common.prepare()
+
+import functools
+import sys
+
+import jax
+import numpy as np
+
+from rlhf_jax.generation import decode
+from rlhf_jax.generation.sampling import SamplingConfig, Stops
+from rlhf_jax.parallel import mesh as mesh_lib
+from rlhf_jax.types import PromptBatch
+
+HAZARD = 64  # with --eos one id in so many ends a row
+
+
+def main():
+  given = common.arguments(
+    __doc__,
+    batches=("1,16,64", "rows"),
+    shapes=("32x64,64x128", "tokens of prompt x response"),
+    eos=(False, "rows end at random"),
+  )
+  networks = common.networks(given.model, given.models, dtype=given.dtype)
+  limits = common.limits()
+  runs = []
+  for shape in given.shapes.split(","):
+    P, R = map(int, shape.split("x"))
+    for B in map(int, given.batches.split(",")):
+      row = {"dtype": given.dtype, "batch": B, "prompt": P, "response": R}
+      row |= measure(networks, B, P, R, given)
+      row["bound"] = bound(networks.policy.config, B, P, R, limits)
+      row["share"] = row["rate"]["median"] / row["bound"]
+      runs.append(row)
+      sys.stderr.write(
+        f"{given.model} {shape} x {B}: {row['rate']['median']:.1f} {row['unit']}, "
+        f"{row['share']:.0%} of the bound, compiled in {row['compile_seconds']:.1f} s\n"
+      )
+  kind = {"kind": "generate", "peer": "rlhf_jax", "model": given.model, "eos": given.eos}
+  common.report(given.out, kind | {"limits": limits, "runs": runs})
+
+
+def measure(networks, B, P, R, given) -> dict:
+  """One row of the table."""
+  V = networks.policy.config.vocab_size
+  ends = tuple(range(common.FIRST_ID, V, HAZARD)) if given.eos else (common.NEVER,)
+  sampling = SamplingConfig(R, temperature=1.0, top_k=0, top_p=1.0, stop=None)
+  mesh = common.mesh_of(common.devices_for(B))
+  generate = functools.partial(
+    decode.generate, networks.policy, config=sampling, stops=Stops(ends), pad_id=0
+  )
+  params = mesh_lib.put_replicated(mesh, networks.policy_params)
+  ids = np.random.default_rng(1_000 * B + P).integers(common.FIRST_ID, V, (B, P), np.int32)
+  prompts = mesh_lib.put_batch(mesh, PromptBatch(ids, np.ones((B, P), np.float32)))
+  key = mesh_lib.put_replicated(mesh, jax.random.key(0))
+  compiled = {}
+
+  def compile_it():
+    compiled["it"] = mesh_lib.jit(generate, mesh).lower(params, prompts, key).compile()
+
+  compile_seconds = common.timed(compile_it).seconds
+  useful, calls = [], iter(range(1, 1_000))
+
+  def call():
+    fresh = mesh_lib.put_replicated(mesh, jax.random.key(next(calls)))
+    mask = jax.block_until_ready(compiled["it"](params, prompts, fresh)).mask
+    useful.append(float(np.sum(mask)))
+
+  call()
+  done = common.repeat(call, given.repeats)
+  unit = "useful tokens/s" if given.eos else "new tokens/s"
+  tokens = float(np.mean(useful[1:]))
+  return common.rates(done, tokens, unit) | {"compile_seconds": compile_seconds, "tokens": tokens}
+
+
+def bound(config, B, P, R, limits) -> float:
+  """Tokens a second if matrix products, or reads of weights and cache, were all there is."""
+  width = 4 if config.compute.dtype == "float32" else 2
+  a_token = common.forward_flops(config, 1, 1, 1)
+  weights = width * a_token / 2
+  cached = 2 * width * config.n_layers * config.n_kv_heads * config.head_dim
+  seconds = common.forward_flops(config, B, P, 1) / limits["flops"]
+  for column in range(P + 1, P + R):
+    scores = 4 * config.n_layers * config.n_heads * config.head_dim * column
+    flops = B * (a_token + scores) / limits["flops"]
+    seconds += max(flops, (weights + B * cached * column) / limits["bandwidth"])
+  return B * R / seconds
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,55 @@
+"""A step of supervised fine-tuning: tokens a second, AdamW and clipping included.
+
+  python benchmarks/sft.py --model=tiny [--rows=16] [--length=256]
+
+Every token carries loss, all parameters train, nothing is computed again.
+"""
+
+import common
+
+if __name__ == "__main__":
+  common.prepare()
+
+import functools
+
+import numpy as np
+
+from rlhf_jax import sft
+from rlhf_jax.parallel import mesh as mesh_lib
+from rlhf_jax.parallel import rules
+from rlhf_jax.training import optim
+from rlhf_jax.types import TokenBatch
+
+
+def main():
+  given = common.arguments(
+    __doc__,
+    rows=(16, "rows of a step"),
+    length=(256, "tokens of a row"),
+    remat=(False, "blocks are computed again in the backward pass"),
+    scan=(False, "one compiled layer"),
+  )
+  B, T = given.rows, given.length
+  networks = common.networks(
+    given.model, given.models, dtype=given.dtype, remat=given.remat, scan_layers=given.scan
+  )
+  config, mesh = networks.policy.config, common.mesh_of(common.devices_for(B))
+  optimizer = optim.make(common.adamw(1e-4, clip_norm=1.0), 1_000_000)
+  state = rules.place(sft.init(networks.policy_params, optimizer), mesh)
+  step = functools.partial(sft.step, policy=networks.policy, optimizer=optimizer, micro_batches=1)
+  step = rules.compile_step(step, state, mesh)
+  ids = np.random.default_rng(0).integers(common.FIRST_ID, config.vocab_size, (B, T), np.int32)
+  whole, columns = np.ones_like(ids), np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+  batch = TokenBatch(ids, whole, columns, whole.astype(np.float32))
+  batch = mesh_lib.put_batch(mesh, batch)
+  found = common.measure_step(lambda state: step(state, batch, {}), state, given.repeats)
+  limits = common.limits()
+  bound = B * T * limits["flops"] / (3 * common.forward_flops(config, B, T, T))
+  found |= common.rates(found.pop("repetitions"), B * T, "tokens/s")
+  found |= {"bound": bound, "share": found["rate"]["median"] / bound, "limits": limits}
+  about = {"kind": "sft", "peer": "rlhf_jax", "model": given.model, "batch": B, "seq": T}
+  common.report(given.out, about | {"dtype": given.dtype} | found)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,129 @@
+"""Softmax attention in blocks of queries that fit in a CPU cache, with its own backward pass.
+
+Nothing of size [T, T] is kept for the backward pass: it computes the weights again from the
+log-normaliser of each query (Dao et al. 2022, algorithm 4). A block of queries reads no key after
+its last one, so of a causal square little more than half is computed. One row and key-value head
+after the other goes through, or several where they are small. On an accelerator, which wants many
+at once, `attention.attend` is the faster one.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.networks.attention import MASKED
+from rlhf_jax.parallel import rules
+
+BLOCK = 64  # queries of a block
+MOST_BLOCKS = 8  # of a row; longer rows have longer blocks, as each is compiled
+TILE = 1 << 17  # scores that are computed at once: as many as stay in a core's cache
+
+
+@jax.custom_vjp
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+  """What `attention.attend` returns, for a causal mask: query t sees no key after t.
+
+  query [B, T, N, H]; key, value [B, G, T, H]; mask [B, T, T]. Returns [B, T, N, H].
+  """
+  return _forward(query, key, value, mask)[0]
+
+
+def _forward(query, key, value, mask):
+  G = key.shape[1]
+  out, normaliser = _each_head(_read, mask, _by_head(query, G), key, value)
+  return _by_column(out), (query, key, value, mask, out, normaliser)
+
+
+def _backward(kept, gradient):
+  query, key, value, mask, out, normaliser = kept
+  G = key.shape[1]
+  inputs = _by_head(query, G), key, value, out, normaliser, _by_head(gradient, G)
+  of_query, of_key, of_value = _each_head(_read_backwards, mask, *inputs)
+  return _by_column(of_query), of_key, of_value, None
+
+
+attend.defvjp(_forward, _backward)
+
+
+def _read(query, key, value, mask):
+  """Output [M, T, H] and log-normalisers [M, T] of the M query heads of one key-value head."""
+  outs, normalisers = [], []
+  for rows in _blocks(query.shape[1]):
+    seen = slice(0, rows.stop)
+    scores = jnp.where(mask[None, rows, seen], _scores(query[:, rows], key[seen]), MASKED)
+    peak = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = _product("mts,sh->mth", weights.astype(value.dtype), value[seen]) / total
+    outs.append(out.astype(value.dtype))
+    normalisers.append((peak + jnp.log(total))[..., 0])
+  return jnp.concatenate(outs, axis=1), jnp.concatenate(normalisers, axis=1)
+
+
+def _read_backwards(query, key, value, out, normaliser, gradient, mask):
+  """Gradients of query [M, T, H], key and value [T, H], from that of the output.
+
+  With weights P, scores S and output O: dV = P' dO, dS = P (dO V' - sum(dO O)), dQ = dS K,
+  dK = dS' Q.
+  """
+  dtype = value.dtype
+  inner = jnp.sum(out.astype(jnp.float32) * gradient, axis=-1)
+  of_query = []
+  of_key, of_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+  for rows in _blocks(query.shape[1]):
+    seen = slice(0, rows.stop)
+    some, moved = query[:, rows], gradient[:, rows]
+    scores = _scores(some, key[seen])
+    weights = jnp.exp(scores - normaliser[:, rows, None])
+    weights = jnp.where(mask[None, rows, seen], weights, 0.0)
+    by_weight = _product("mth,sh->mts", moved, value[seen])
+    by_score = (weights * (by_weight - inner[:, rows, None]) * query.shape[-1] ** -0.5).astype(
+      dtype
+    )
+    of_query.append(_product("mts,sh->mth", by_score, key[seen]).astype(dtype))
+    of_key = of_key.at[seen].add(_product("mts,mth->sh", by_score, some))
+    of_value = of_value.at[seen].add(_product("mts,mth->sh", weights.astype(dtype), moved))
+  return jnp.concatenate(of_query, axis=1), of_key.astype(dtype), of_value.astype(dtype)
+
+
+def _scores(query, key):
+  """Scaled products [M, t, s]."""
+  return _product("mth,sh->mts", query * query.shape[-1] ** -0.5, key)
+
+
+def _product(form: str, left: jax.Array, right: jax.Array) -> jax.Array:
+  """An einsum that adds up in float32."""
+  return jnp.einsum(form, left, right, preferred_element_type=jnp.float32)
+
+
+def _blocks(length: int) -> list[slice]:
+  """The queries of a row, cut into blocks."""
+  size = BLOCK * -(-length // (BLOCK * MOST_BLOCKS))
+  return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _each_head(function, mask, *arrays):
+  """`function(*arrays, mask)` of every row and head; arrays [B, G, ...], mask [B, T, T]."""
+
+  def local(mask, *arrays):
+    rows, heads = arrays[0].shape[:2]
+    flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
+    at_once = TILE // (flat[0].shape[1] * min(mask.shape[1], BLOCK) * mask.shape[2])
+    one = lambda x: function(*x[1:], mask[x[0] // heads])
+    done = jax.lax.map(
+      one, (jnp.arange(rows * heads), *flat), batch_size=min(max(at_once, 1), rows * heads)
+    )
+    return jax.tree.map(lambda x: x.reshape(rows, heads, *x.shape[1:]), done)
+
+  return rules.own_rows_and_heads(local, *arrays[0].shape[:2])(mask, *arrays)
+
+
+def _by_head(x: jax.Array, G: int) -> jax.Array:
+  """[B, T, N, H] to [B, G, N / G, T, H]."""
+  B, T, N, H = x.shape
+  return x.reshape(B, T, G, N // G, H).transpose(0, 2, 3, 1, 4)
+
+
+def _by_column(x: jax.Array) -> jax.Array:
+  """The inverse of `_by_head`."""
+  B, G, M, T, H = x.shape
+  return x.transpose(0, 3, 1, 2, 4).reshape(B, T, G * M, H)
