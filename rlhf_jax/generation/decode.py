@@ -10,6 +10,9 @@ from rlhf_jax.networks import heads
 from rlhf_jax.networks.transformer import KVCache
 from rlhf_jax.types import Params, PromptBatch
 
+# Columns from one look at whether all rows have ended to the next: devices meet to look.
+LOOK_EVERY = 8
+
 
 @flax.struct.dataclass
 class Completion:
@@ -26,6 +29,7 @@ class DecodeState:
   """What one step of the loop hands to the next."""
 
   step: jax.Array  # [] int32, responses hold this many columns
+  is_open: jax.Array  # [] bool, whether a row was unfinished when last looked at
   cache: KVCache  # of the prompt and all response columns but the last
   completion: Completion
 
@@ -44,7 +48,7 @@ def generate(
   """Samples `samples` responses to each prompt; pure and jittable, no token returns to Python.
 
   Response k to prompt b is row b * samples + k; each prompt is read once. The loop ends early when
-  every row has been ended by one of `stops`. Step t draws with fold_in(key, t), so rows do not
+  every row has been ended by one of `stops`, up to `LOOK_EVERY` - 1 columns later. Step t draws with fold_in(key, t), so rows do not
   depend on the mesh, nor on when their neighbours end.
   """
   chex.assert_equal_shape([prompts.tokens, prompts.mask])
@@ -62,10 +66,12 @@ def generate(
     draw_key = jax.random.fold_in(key, state.step)
     tokens, logprobs = sampling.sample(head(hidden), draw_key, config)
     completion = _append(state.completion, state.step, tokens, logprobs, stops, pad_id)
-    return DecodeState(state.step + 1, cache, completion)
+    look = lambda: ~jnp.all(completion.finished > 0)
+    is_open = jax.lax.cond(state.step % LOOK_EVERY == 0, look, lambda: state.is_open)
+    return DecodeState(state.step + 1, is_open, cache, completion)
 
   def unfinished(state: DecodeState) -> jax.Array:
-    return (state.step < R) & ~jnp.all(state.completion.finished > 0)
+    return (state.step < R) & state.is_open
 
   def body(state: DecodeState) -> DecodeState:
     last = jax.lax.dynamic_slice_in_dim(state.completion.tokens, state.step - 1, 1, axis=1)
@@ -79,7 +85,8 @@ def generate(
     logprobs=jnp.zeros((rows, R), jnp.float32),
     finished=jnp.zeros((rows,), jnp.float32),
   )
-  state = extend(DecodeState(jnp.int32(0), cache, blank), last_hidden, cache)
+  start = DecodeState(jnp.int32(0), jnp.bool_(True), cache, blank)
+  state = extend(start, last_hidden, cache)
   return jax.lax.while_loop(unfinished, body, state).completion
 
 

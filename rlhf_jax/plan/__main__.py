@@ -68,6 +68,8 @@ def main(config, workdir, devices, chip, memory, flops, bandwidth, interconnect)
     bandwidth * GIGA or known.bandwidth,
     interconnect * GIGA or known.interconnect,
   )
+  if config.model.compute.attention == "auto":  # as it is on a chip, not on this machine's CPU
+    config_lib.override(config, "model.compute.attention", "plain")
   built = config_lib.build(ExperimentConfig, config)
   mesh = mesh_lib.make(built.mesh)
   check_batches(built, mesh)
