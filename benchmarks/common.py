@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 MODELS = {  # vocabulary, width, layers, heads, key-value heads, feed-forward width, tied head
+  "toy": (64, 16, 2, 2, 2, 32, False),
   "tiny": (4_096, 256, 6, 8, 8, 688, False),
   "small": (8_192, 512, 8, 8, 4, 1_376, False),
   "smollm2-135M": (49_152, 576, 30, 9, 3, 1_536, True),

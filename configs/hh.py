@@ -173,6 +173,7 @@ def common() -> ConfigDict:
   config.ppo = ppo(sampling)
   config.evaluation = dict(prompts=64, examples=12)
   config.checkpoints = dict(keep=2, keep_every=None, background=True)
+  config.profile = dict(first_step=None, num_steps=2, operations=10)
   return config
 
 

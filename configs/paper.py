@@ -209,6 +209,7 @@ def common() -> ConfigDict:
   )
   config.evaluation = dict(prompts=512, examples=24)
   config.checkpoints = dict(keep=2, keep_every=None, background=True)
+  config.profile = dict(first_step=None, num_steps=2, operations=10)
   return config
 
 

@@ -73,6 +73,7 @@ def standard() -> ConfigDict:
   config.ppo = ppo()
   config.evaluation = dict(prompts=500, examples=27)
   config.checkpoints = dict(keep=2, keep_every=None, background=True)
+  config.profile = dict(first_step=None, num_steps=2, operations=10)
   return config
 
 

@@ -30,11 +30,13 @@ from rlhf_jax.ppo_config import PPOConfig
 from rlhf_jax.text import dialogue
 from rlhf_jax.text import tokenizer as tokenizer_lib
 from rlhf_jax.text.tokenizer import Tokenizer
-from rlhf_jax.training import checkpoint, files, optim
+from rlhf_jax.training import checkpoint, files, optim, profile
 from rlhf_jax.types import Params, UserError
 
 # Special tokens of a tokenizer that is trained here, whichever template the run uses.
 TRAINED_SPECIALS = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+CHANGES_NO_RESULT = ("checkpoints", "profile")  # sections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,7 @@ class ExperimentConfig:
   ppo: PPOConfig
   evaluation: EvaluationConfig
   checkpoints: checkpoint.CheckpointConfig
+  profile: profile.ProfileConfig
 
   def __post_init__(self):
     if (self.gold == "reward_model") != (self.gold_model is not None):
@@ -232,9 +235,13 @@ def check_workdir(config: ExperimentConfig, workdir: pathlib.Path) -> None:
 
 
 def differs(config: ExperimentConfig, workdir: pathlib.Path) -> list[str]:
-  """The keys in which `config` is another than the one that `workdir` was begun with."""
-  old = files.read_json(workdir / "config.json")
-  return config_lib.differences(old, config_lib.to_dict(config))
+  """The keys in which `config` is another than the one that `workdir` was begun with.
+
+  What is traced and which checkpoints stay may differ: these change no result.
+  """
+  old, new = files.read_json(workdir / "config.json"), config_lib.to_dict(config)
+  results_of = lambda sections: {k: v for k, v in sections.items() if k not in CHANGES_NO_RESULT}
+  return config_lib.differences(results_of(old), results_of(new))
 
 
 def check_prompts(run: Run) -> None:

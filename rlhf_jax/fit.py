@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rlhf_jax.training import checkpoint, loop, metrics
+from rlhf_jax.training import checkpoint, loop, metrics, profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Stage:
   per_step: float  # how many of them
   shown: tuple[str, ...]  # metrics on the progress line
   checkpoints: checkpoint.CheckpointConfig  # which of them stay
+  profile: profile.ProfileConfig  # which steps are traced
   writers: tuple[loop.Writer, ...] = ()  # who else sees each step's metrics
 
 
@@ -54,6 +55,7 @@ def fit(
     unit=stage.unit,
     shown=stage.shown,
   )
+  step_fn = profile.traced(step_fn, stage.profile, stage.directory, restored.step, stage.num_steps)
   heldout = metrics.heldout(stage.directory, after=restored.step)
   with recording as writers, heldout as write_heldout, checkpoints:
     guard = loop.finite_guard(checkpoints.describe_latest)

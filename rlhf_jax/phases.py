@@ -69,6 +69,7 @@ def supervise(run: Run, directory: pathlib.Path) -> Params:
     per_step=config.batch_size * config.sequence_length,
     shown=("sft/loss", "sft/accuracy"),
     checkpoints=run.config.checkpoints,
+    profile=run.config.profile,
   )
   stream = feeds.batch_stream(run, sources, config.batch_size)
   _, checkpoints = fit(stage, lambda s, b: step(s, b, frozen), state, stream, evaluate)
@@ -146,6 +147,7 @@ def fit_reward(
     per_step=config.batch_size * len(train) / max(len(source.rows), 1),
     shown=("reward/loss", "reward/accuracy"),
     checkpoints=run.config.checkpoints,
+    profile=run.config.profile,
   )
   stream = feeds.batch_stream(run, [source], config.batch_size)
   state, _ = fit(stage, lambda s, b: step(s, b, frozen), state, stream, evaluate)
@@ -217,6 +219,7 @@ def train_policy(
     per_step=config.rollout.batch_size,
     shown=("objective/scores", "objective/kl"),
     checkpoints=run.config.checkpoints,
+    profile=run.config.profile,
     writers=(warn_negative_kl,),
   )
   state, _ = fit(stage, step, state, feeds.experience_stream(run, "train"), evaluate)

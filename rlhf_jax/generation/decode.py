@@ -48,8 +48,8 @@ def generate(
   """Samples `samples` responses to each prompt; pure and jittable, no token returns to Python.
 
   Response k to prompt b is row b * samples + k; each prompt is read once. The loop ends early when
-  every row has been ended by one of `stops`, up to `LOOK_EVERY` - 1 columns later. Step t draws with fold_in(key, t), so rows do not
-  depend on the mesh, nor on when their neighbours end.
+  every row has been ended by one of `stops`, up to `LOOK_EVERY` - 1 columns later. Step t draws
+  with fold_in(key, t), so rows do not depend on the mesh, nor on when their neighbours end.
   """
   chex.assert_equal_shape([prompts.tokens, prompts.mask])
   B, P = prompts.tokens.shape

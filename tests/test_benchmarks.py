@@ -1,0 +1,100 @@
+"""The benchmarks run, at toy size, and say what a comparison needs; their arithmetic is right."""
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+  """`benchmark("compare")`: a module of the folder."""
+  monkeypatch.syspath_prepend(str(FOLDER))
+  return importlib.import_module
+
+
+def run(name, *arguments):
+  """What a benchmark writes, in a process of its own on two devices."""
+  environ = os.environ | {"RLHF_JAX_DEVICES": "2", "XLA_FLAGS": "", "RLHF_BENCH_WAIT": "0"}
+  command = [sys.executable, str(FOLDER / f"{name}.py"), "--model=toy", "--repeats=1", *arguments]
+  done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+def test_generation_says_rate_bound_and_share_of_every_row():
+  found = run("generate", "--batches=1,4", "--shapes=4x6", "--eos")
+  assert [row["batch"] for row in found["runs"]] == [1, 4]
+  for row in found["runs"]:
+    rate = row["rate"]
+    assert 0 < rate["min"] <= rate["median"] <= rate["max"] and row["compile_seconds"] > 0
+    assert row["share"] == pytest.approx(rate["median"] / row["bound"])
+    assert 0 < row["tokens"] <= row["batch"] * 6
+
+
+@pytest.mark.parametrize(
+  ("name", "sizes", "unit"),
+  [
+    ("sft", ("--rows=2", "--length=8"), "tokens/s"),
+    ("reward", ("--pairs=2", "--length=8"), "pairs/s"),
+  ],
+)
+def test_a_step_that_is_timed_is_one_that_learns(name, sizes, unit):
+  found = run(name, *sizes)
+  assert found["unit"] == unit and found["rate"]["median"] > 0
+  assert found["metrics"][f"{name}/grad_norm"] > 0
+
+
+def test_an_iteration_of_ppo_is_split_into_its_phases():
+  found = run("ppo", "--episodes=4", "--prompt=4", "--response=4", "--minibatches=2")
+  seconds = found["breakdown_seconds"]
+  assert list(seconds) == ["generation", "scoring", "update"]
+  whole = sum(phase["median"] for phase in seconds.values())
+  assert whole <= found["seconds"]["median"] <= whole + 1.0
+
+
+def test_a_comparison_alternates_and_puts_each_row_beside_the_best_peer(benchmark, tmp_path, capsys,
+                                                                        monkeypatch):  # fmt: skip
+  script = tmp_path / "writes.py"
+  script.write_text(
+    "import json, sys\n"
+    "name, rate, out, log = sys.argv[1], float(sys.argv[2]), sys.argv[-1], sys.argv[3]\n"
+    "open(log, 'a').write(name + ' ')\n"
+    "rates = {'median': rate, 'min': rate - 1, 'max': rate + 1}\n"
+    "runs = [{'batch': 2, 'prompt': 3, 'response': 4, 'dtype': 'float32', 'rate': rates}]\n"
+    "json.dump({'kind': 'generate', 'peer': name, 'model': 'toy', 'runs': runs}, open(out, 'w'))\n"
+  )
+  log = tmp_path / "log"
+  command = lambda name, rate: f"{sys.executable} {script} {name} {rate} {log}"
+  told = ["--rounds=2", "--ours", command("ours", 30)]
+  told += ["--peer", command("slow", 5), "--peer", command("fast", 20)]
+  monkeypatch.setattr(sys, "argv", ["compare.py", *told])
+  benchmark("compare").main()
+  assert log.read_text().split() == ["slow", "fast", "ours", "ours", "fast", "slow"]
+  row = "| toy | generate float32 2 3 4 | 30 [29, 31] | 20 [19, 21] | fast | 1.50 |"
+  assert row in capsys.readouterr().out
+
+
+def test_a_command_that_fails_ends_a_comparison_with_what_it_said(benchmark):
+  with pytest.raises(SystemExit, match="ended with 3"):
+    benchmark("compare").run(f"{sys.executable} -c 'raise SystemExit(3)'")
+
+
+def test_flops_of_a_forward_pass_are_counted_by_hand(benchmark):
+  c, rows, length = tiny.MODEL, 3, 8
+  matrices = c.n_layers * (
+    c.d_model * c.head_dim * (2 * c.n_heads + 2 * c.n_kv_heads) + 3 * c.d_model * c.d_ff
+  )
+  head = c.vocab_size * c.d_model
+  # Two products of every query with half of the keys, over all heads.
+  attention = c.n_layers * 2 * c.n_heads * c.head_dim * length * length / 2
+  expected = 2 * rows * (length * matrices + attention + 5 * head)
+  assert benchmark("common").forward_flops(c, rows, length, 5) == expected
