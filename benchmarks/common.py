@@ -132,6 +132,7 @@ class Repetition:
 
   seconds: float
   foreign: float  # share of all cores that other processes used meanwhile
+  units: float | None  # of work, where the call says how much it did
 
 
 def busy_seconds() -> float:
@@ -147,13 +148,13 @@ def own_seconds() -> float:
   return used.user + used.system
 
 
-def timed(function: Callable[[], None]) -> Repetition:
-  """How long one call takes; `function` waits for its results."""
+def timed(function: Callable[[], float | None]) -> Repetition:
+  """How long one call takes; `function` waits for its results, and may say what work it did."""
   busy, own, began = busy_seconds(), own_seconds(), time.perf_counter()
-  function()
+  units = function()
   seconds = time.perf_counter() - began
   foreign = (busy_seconds() - busy) - (own_seconds() - own)
-  return Repetition(seconds, max(foreign, 0.0) / (seconds * os.cpu_count()))
+  return Repetition(seconds, max(foreign, 0.0) / (seconds * os.cpu_count()), units)
 
 
 def wait_for_quiet() -> None:
@@ -164,7 +165,7 @@ def wait_for_quiet() -> None:
     _waited += 1.4
 
 
-def repeat(function: Callable[[], None], repeats: int) -> list[Repetition]:
+def repeat(function: Callable[[], float | None], repeats: int) -> list[Repetition]:
   """The `repeats` calls least disturbed by others, of at most twice as many and one."""
   done = []
   while sum(r.foreign <= MOST_FOREIGN for r in done) < repeats and len(done) < 2 * repeats + 1:
@@ -189,9 +190,12 @@ def measure_step(step: Callable, state, repeats: int) -> dict:
   return {"cold_seconds": first.seconds, "repetitions": done, "metrics": metrics}
 
 
-def rates(repetitions: list[Repetition], units: float, unit: str) -> dict:
-  """Units a second: median and spread, and whether others were in the way."""
-  found = [units / r.seconds for r in repetitions]
+def rates(repetitions: list[Repetition], units: float | None, unit: str) -> dict:
+  """Units a second: median and spread, and whether others were in the way.
+
+  `units` is the work of every call; None where each said its own.
+  """
+  found = [(units or r.units) / r.seconds for r in repetitions]
   foreign = max(r.foreign for r in repetitions)
   return {
     "unit": unit,

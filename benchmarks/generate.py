@@ -70,18 +70,17 @@ def measure(networks, B, P, R, given) -> dict:
     compiled["it"] = mesh_lib.jit(generate, mesh).lower(params, prompts, key).compile()
 
   compile_seconds = common.timed(compile_it).seconds
-  useful, calls = [], iter(range(1, 1_000))
+  calls = iter(range(1, 1_000))
 
   def call():
     fresh = mesh_lib.put_replicated(mesh, jax.random.key(next(calls)))
-    mask = jax.block_until_ready(compiled["it"](params, prompts, fresh)).mask
-    useful.append(float(np.sum(mask)))
+    return float(np.sum(jax.block_until_ready(compiled["it"](params, prompts, fresh)).mask))
 
   call()
   done = common.repeat(call, given.repeats)
-  unit = "useful tokens/s" if given.eos else "new tokens/s"
-  tokens = float(np.mean(useful[1:]))
-  return common.rates(done, tokens, unit) | {"compile_seconds": compile_seconds, "tokens": tokens}
+  found = common.rates(done, None, "useful tokens/s" if given.eos else "new tokens/s")
+  tokens = [repetition.units for repetition in done]
+  return found | {"compile_seconds": compile_seconds, "tokens": tokens}
 
 
 def bound(config, B, P, R, limits) -> float:
