@@ -147,16 +147,7 @@ def common() -> ConfigDict:
     sampling=sampling,
   )
   config.gold = "reward_model"
-  config.labelers = dict(
-    seed=0,
-    labelers=1,
-    noise=0.0,  # Gao et al. 2022: deterministic
-    disagreement=0.0,
-    length_bias=0.0,
-    tie_margin=0.0,
-    flip_rate=0.0,
-  )
-
+  config.labelers = labelers()
   config.reward = dict(
     num_epochs=1,  # InstructGPT, appendix C.2: more overfits
     max_train=None,
@@ -197,6 +188,19 @@ def data() -> dict:
     ),
     weights=dict(hh_rlhf=0.6, instructions=0.4, text=1.0),
     prompts_from=("comparison",),
+  )
+
+
+def labelers() -> dict:
+  """One who always says what the gold reward model says (Gao et al. 2022)."""
+  return dict(
+    seed=0,
+    labelers=1,
+    noise=0.0,
+    disagreement=0.0,
+    length_bias=0.0,
+    tie_margin=0.0,
+    flip_rate=0.0,
   )
 
 

@@ -188,8 +188,8 @@ def train_policy(
   learner, state, frozen, judges = begin_ppo(run, directory.parent.name, policy, judges)
   del policy
   frozen_policy, frozen_critic = frozen
-  update = functools.partial(ppo.update, learner=learner)
-  update = rules.compile_step(update, state, run.mesh, rules.table(config.rules))
+  table, update = rules.table(config.rules), functools.partial(ppo.update, learner=learner)
+  update = rules.compile_step(update, state, run.mesh, table)
   _, sample = sampler(run, learner.stem_blocks)
 
   def step(state: ppo.PPOState, batch):

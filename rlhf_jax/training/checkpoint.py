@@ -1,33 +1,26 @@
 """Checkpoints that survive being killed.
 
-`<directory>/<step>/` is one checkpoint: `state/` (arrays, written by Orbax) and `about.json` (step,
-score, what the caller adds, name, shape and dtype of each tensor, a checksum of every file). It is
-written as `tmp-<step>` and renamed, so a directory with a number for a name is whole. Orbax does
-not notice a flipped bit in its data, hence the checksums.
+`<directory>/<step>/` is one checkpoint, a folder as `stored.py` writes it, with step, score and
+what the caller adds in its `about.json`. One with a number for a name is whole.
 
 `save` returns when the state is copied to the host and may be donated to the next step; a thread
 writes it while training goes on. The next `save` or `finish` waits for it, and raises its error.
 """
 
 import dataclasses
-import logging as std_logging
 import pathlib
 import re
 import shutil
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from absl import logging
 from flax import traverse_util
 
 from rlhf_jax.config import PositiveInt
 from rlhf_jax.parallel import hosts
-from rlhf_jax.training import files
-from rlhf_jax.training.loop import NonFiniteError
+from rlhf_jax.training import files, stored
 from rlhf_jax.types import Params, UserError
 
 
@@ -113,10 +106,10 @@ class Checkpointer:
         f"{self.directory}: checkpoint {step} would come after {latest}, which is newer; move the "
         f"newer ones away to go on from an older one."
       )
-    _check_finite(state, step, self.describe_latest())
+    stored.check_finite(state, step, self.describe_latest())
     about = {"step": step, "score": score, "extra": extra or {}}
     path = self.directory / str(step)
-    self._finish = _begin(path, state, about, kept=self.describe_latest(), then=self._prune)
+    self._finish = stored.begin(path, state, about, kept=self.describe_latest(), then=self._prune)
     if not self.config.background:
       self.finish()
 
@@ -160,7 +153,7 @@ class Checkpointer:
       problem = files.damage(path)
       if problem is None:
         about = files.read_about(path)
-        restored = Restored(candidate, _read(path, abstract_state, about), about["extra"])
+        restored = Restored(candidate, stored.read(path, abstract_state, about), about["extra"])
         self._set_aside(damaged)
         return restored
       damaged[candidate] = problem
@@ -202,9 +195,9 @@ def save_params(directory: str | pathlib.Path, params: Params, config: dict) -> 
   """
   path = pathlib.Path(directory).absolute()
   files.ensure_writable(path.parent)
-  _check_finite(params, None, "what was there")
+  stored.check_finite(params, None, "what was there")
   about = {"step": None, "score": None, "extra": {}}
-  _begin(path, params, about, config, kept="what was there")()
+  stored.begin(path, params, about, config, kept="what was there")()
 
 
 def load_params(directory: str | pathlib.Path, abstract: Params | None = None):
@@ -224,127 +217,4 @@ def load_params(directory: str | pathlib.Path, abstract: Params | None = None):
     leaf = lambda shape, dtype: jax.ShapeDtypeStruct(tuple(shape), dtype)
     tensors = {name: leaf(*tensor) for name, tensor in about["tensors"].items()}
     abstract = traverse_util.unflatten_dict(tensors, sep="/")
-  return _read(path, abstract, about), files.read_json(path / "config.json")
-
-
-def _tensors(tree: Any) -> dict[str, list]:
-  """{"params/trunk/embed": [[512, 64], "float32"], ...} of arrays or their abstract values."""
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-  return {name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
-
-
-@jax.jit
-def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-  return [jnp.isfinite(leaf).all() for leaf in leaves]
-
-
-def _check_finite(tree: Any, step: int | None, kept: str) -> None:
-  """Raises NonFiniteError where a float array holds a NaN or an infinity."""
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  floats = [(path, leaf) for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-  finite = hosts.whole(_all_finite([leaf for _, leaf in floats]))
-  for (path, _), fine in zip(floats, finite):
-    if not fine:
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
-      where = "the parameters to save" if step is None else f"step {step}: the state"
-      raise NonFiniteError(
-        f"{where}: {name!r} holds a NaN or an infinity, so it was not saved. Kept: {kept}. Try a "
-        f"lower learning rate or a smaller clip_norm."
-      )
-
-
-def _begin(
-  path: pathlib.Path,
-  tree: Any,
-  about: dict,
-  config: dict | None = None,
-  *,
-  kept: str,
-  then: Callable[[], None] = lambda: None,
-) -> Callable[[], None]:
-  """Begins to write `path`, whole or not at all: into a sibling first, then one rename.
-
-  When it returns, `tree` is on the host and may be donated. What it returns waits for the rest, and
-  raises a UserError where that failed; it is called once. `then` is called in the first process
-  when `path` is whole.
-  """
-  temporary = path.with_name(f"tmp-{path.name}")
-  if hosts.is_first():
-    shutil.rmtree(temporary, ignore_errors=True)
-    files.ensure_space(path.parent, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
-    temporary.mkdir()
-  hosts.wait(f"begin {path.name}")
-  std_logging.getLogger("absl").addFilter(_is_not_of_orbax)
-  about = {**about, "tensors": _tensors(tree)}
-  writer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-  errors = []
-
-  def write() -> None:
-    try:
-      writer.wait_until_finished()
-      if hosts.is_first():
-        if config is not None:
-          files.write_json_atomic(temporary / "config.json", config)
-        files.write_about(temporary, about)
-        files.replace_directory(temporary, path)
-        then()
-    except Exception as error:  # tensorstore reports a full disk as a ValueError, Orbax as others
-      errors.append(error)
-
-  thread = threading.Thread(target=write, name=f"writes {path.name}", daemon=True)
-
-  def finish() -> None:
-    if thread.ident is not None:
-      thread.join()
-    writer.close()
-    if errors:
-      shutil.rmtree(temporary, ignore_errors=True)
-      raise UserError(
-        f"{path} could not be written: {str(errors[0])[:300]}. Kept: {kept}. Free some space or "
-        f"choose another workdir; the same command goes on from what is kept."
-      ) from errors[0]
-    hosts.wait(f"end {path.name}")
-
-  try:
-    writer.save(temporary / "state", args=ocp.args.StandardSave(tree))
-    thread.start()
-  except Exception as error:
-    errors.append(error)
-    finish()
-  return finish
-
-
-def _read(path: pathlib.Path, abstract: Any, about: dict) -> Any:
-  """Restores onto `abstract` after comparing names, shapes and dtypes."""
-  saved, wanted = about["tensors"], _tensors(abstract)
-  problems = [f"{name}: missing in the checkpoint" for name in wanted if name not in saved]
-  problems += [f"{name}: only in the checkpoint" for name in saved if name not in wanted]
-  problems += [
-    f"{name}: saved {_show(saved[name])}, wanted {_show(wanted[name])}"
-    for name in wanted
-    if name in saved and saved[name] != wanted[name]
-  ]
-  if problems:
-    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    raise UserError(
-      f"{path} does not fit this configuration: {'; '.join(problems[:3])}{more}. Use the "
-      f"configuration it was made with, or another workdir."
-    )
-  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  sharding = lambda leaf: getattr(leaf, "sharding", None) or default
-  target = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(leaf)), abstract
-  )
-  return ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(
-    path / "state", args=ocp.args.StandardRestore(target)
-  )
-
-
-def _show(tensor: list) -> str:
-  return f"{tensor[0]} {tensor[1]}"
-
-
-def _is_not_of_orbax(record: std_logging.LogRecord) -> bool:
-  """Orbax logs pages of traceback from its threads before it raises."""
-  return "/orbax/" not in record.pathname
+  return stored.read(path, abstract, about), files.read_json(path / "config.json")
