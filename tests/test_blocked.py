@@ -89,15 +89,16 @@ def test_no_square_of_all_queries_and_keys_is_kept_for_the_backward_pass():
 
 
 def test_a_network_attends_as_its_config_says():
-  def traced(how):
+  def traced(how, length=blocked.BLOCK + 1):
     compute = dataclasses.replace(tiny.MODEL.compute, attention=how)
     network = Transformer(dataclasses.replace(tiny.MODEL, compute=compute))
-    ones = jnp.ones((1, 8), jnp.int32)
+    ones = jnp.ones((1, length), jnp.int32)
     params = tiny.params(tiny.SCALAR, 0)["trunk"]
     return str(jax.make_jaxpr(lambda p: network.apply({"params": p}, ones, ones, ones)[0])(params))
 
   assert "custom_vjp" not in traced("plain") and "custom_vjp" in traced("blocked")
   assert traced("auto") == traced("blocked")  # the tests run on a CPU
+  assert "custom_vjp" not in traced("blocked", blocked.BLOCK)  # one block gains nothing
 
 
 def test_blocks_are_few_and_cover_a_row():

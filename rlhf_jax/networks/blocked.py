@@ -108,11 +108,13 @@ def _each_head(function, mask, *arrays):
   def local(mask, *arrays):
     rows, heads = arrays[0].shape[:2]
     flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
-    at_once = TILE // (flat[0].shape[1] * min(mask.shape[1], BLOCK) * mask.shape[2])
+    fitting = TILE // (flat[0].shape[1] * min(mask.shape[1], BLOCK) * mask.shape[2])
     one = lambda x: function(*x[1:], mask[x[0] // heads])
-    done = jax.lax.map(
-      one, (jnp.arange(rows * heads), *flat), batch_size=min(max(at_once, 1), rows * heads)
+    # A divisor, so that there is no rest, which would be compiled as well.
+    at_once = next(
+      n for n in range(min(max(fitting, 1), rows * heads), 0, -1) if rows * heads % n == 0
     )
+    done = jax.lax.map(one, (jnp.arange(rows * heads), *flat), batch_size=at_once)
     return jax.tree.map(lambda x: x.reshape(rows, heads, *x.shape[1:]), done)
 
   return rules.own_rows_and_heads(local, *arrays[0].shape[:2])(mask, *arrays)

@@ -31,7 +31,8 @@ class ComputeConfig:
   scan_layers: bool  # one compiled layer under lax.scan: compiles fast when deep, decodes slower
   remat: bool  # the backward pass keeps the stream between blocks, and computes the rest again
   logit_columns: PositiveInt | None  # of a row, whose logits a loss holds at once; None: all
-  # How whole rows attend: all at once, or in blocks (`blocked.py`); "auto": in blocks on a CPU.
+  # How whole rows attend: all at once, or in blocks if there are several (`blocked.py`); "auto": in
+  # blocks on a CPU.
   attention: Literal["auto", "plain", "blocked"]
 
   @property
@@ -132,8 +133,8 @@ class Attention(nn.Module):
       # The barrier keeps XLA from fusing the update into its readers, which would need the old
       # cache as well and so copy every layer's cache on every decoded token.
       key, value = jax.lax.optimization_barrier((key, value))
-    is_whole = layer_cache is None and c.compute.in_blocks
-    read = blocked.attend if is_whole else attention.attend
+    in_blocks = layer_cache is None and c.compute.in_blocks and x.shape[1] > blocked.BLOCK
+    read = blocked.attend if in_blocks else attention.attend
     mixed = constrain(read(query, key, value, mask), "heads")
     out = nn.DenseGeneral(
       c.d_model,
