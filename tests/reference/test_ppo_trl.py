@@ -84,6 +84,8 @@ PPO = {
   },
   "eval_every": 1,
   "frozen": (),
+  "rules": (),
+  "offload": (),
   "policy_optim": OPTIM,
   "value_optim": OPTIM,
 }
