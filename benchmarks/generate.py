@@ -1,6 +1,7 @@
 """Generation: new tokens a second of the compiled decoding loop, prefill included.
 
-  python benchmarks/generate.py --model=tiny [--batches=1,16,64] [--shapes=32x64,64x128] [--eos]
+  python benchmarks/generate.py --model=tiny [--batches=1,16,64] [--shapes=32x64,64x128]
+    [--eos] [--compact=0.75,0.5,0.375,0.25]
 
 Without --eos no row ends early. With it the ids i % 64 == 3 all end a row, so lengths are skewed
 (about 1 in 64 a step for random weights), and the rate counts useful tokens: those up to the end.
@@ -31,6 +32,7 @@ def main():
     batches=("1,16,64", "rows"),
     shapes=("32x64,64x128", "tokens of prompt x response"),
     eos=(False, "rows end at random"),
+    compact=("", "shares of the batch that it goes on in when no more rows are open"),
   )
   networks = common.networks(given.model, given.models, dtype=given.dtype)
   limits = common.limits()
@@ -55,7 +57,8 @@ def measure(networks, B, P, R, given) -> dict:
   """One row of the table."""
   V = networks.policy.config.vocab_size
   ends = tuple(range(common.FIRST_ID, V, HAZARD)) if given.eos else (common.NEVER,)
-  sampling = SamplingConfig(R, temperature=1.0, top_k=0, top_p=1.0, stop=None)
+  shares = tuple(map(float, filter(None, given.compact.split(","))))
+  sampling = SamplingConfig(R, 1.0, top_k=0, top_p=1.0, stop=None, compact_to=shares)
   mesh = common.mesh_of(common.devices_for(B))
   generate = functools.partial(
     decode.generate, networks.policy, config=sampling, stops=Stops(ends), pad_id=0

@@ -223,7 +223,9 @@ def comparisons(prompts: int, responses: int, max_new_tokens: int) -> dict:
     heldout_prompts=1_000,
     batch_size=256,
     prompt_length=1_024,
-    sampling=dict(max_new_tokens=max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None),
+    sampling=dict(
+      max_new_tokens=max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=()
+    ),
   )
 
 
@@ -253,7 +255,12 @@ def rollout(temperature: float, max_new_tokens: int) -> dict:
     micro_batches=1,
     prompt_length=1_024,
     sampling=dict(
-      max_new_tokens=max_new_tokens, temperature=temperature, top_k=0, top_p=1.0, stop=None
+      max_new_tokens=max_new_tokens,
+      temperature=temperature,
+      top_k=0,
+      top_p=1.0,
+      stop=None,
+      compact_to=(),
     ),
   )
 

@@ -121,7 +121,7 @@ def comparisons() -> dict:
     heldout_prompts=200,
     batch_size=256,
     prompt_length=44,
-    sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0, stop=None),
+    sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=()),
   )
 
 
@@ -147,7 +147,9 @@ def ppo() -> dict:
       batch_size=128,
       micro_batches=1,
       prompt_length=44,
-      sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0, stop=None),
+      sampling=dict(
+        max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=()
+      ),
     ),
     eval_every=10,
     frozen=(),

@@ -107,5 +107,5 @@ def fingerprint(folder):
 
 
 def sampling(max_new_tokens, **changes):
-  values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "stop": None} | changes
+  values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "stop": None, "compact_to": ()} | changes
   return SamplingConfig(max_new_tokens=max_new_tokens, **values)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from rlhf_jax.generation import decode
+from rlhf_jax.generation import compact, decode
 from rlhf_jax.generation.sampling import Stops
 from rlhf_jax.networks import heads, likelihood
 from rlhf_jax.networks.transformer import ModelConfig
+from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.types import PromptBatch
 
 B, P, R = 8, 5, 6
@@ -149,6 +150,57 @@ def test_several_samples_of_a_prompt_are_those_of_as_many_copies_of_it(scan_laye
   together = jax.jit(functools.partial(generate, samples=4))(params, prompts, jax.random.key(0))
   assert_same(together, jax.jit(generate)(params, copies, jax.random.key(0)))
   assert len(np.unique(np.asarray(together.tokens)[:4], axis=0)) > 1  # and they are not one sample
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_rows_that_leave_the_loop_early_change_no_token(devices, scan_layers, monkeypatch):
+  monkeypatch.setattr(decode, "LOOK_EVERY", 1)
+  policy = heads.Policy(tiny.changed(tiny.MODEL, compute__scan_layers=scan_layers))
+  params, prompts = tiny.params(policy, 0), tiny.mixed_prompts(B, P, 0)
+  axis_types = (jax.sharding.AxisType.Auto,) * 3
+  names, some = ("data", "fsdp", "tensor"), jax.devices()[:devices]
+  mesh = jax.make_mesh((devices, 1, 1), names, axis_types, devices=some)
+
+  def generate(shares):
+    sampling = tiny.changed(SAMPLING, compact_to=shares)
+    run = functools.partial(
+      decode.generate, policy, config=sampling, stops=STOPS, pad_id=tiny.PAD, samples=2
+    )
+    placed = mesh_lib.put_batch(mesh, jax.device_get(prompts))
+    key = mesh_lib.put_replicated(mesh, jax.random.key(0))
+    replicated = mesh_lib.put_replicated(mesh, params)
+    compiled = mesh_lib.jit(run, mesh).lower(replicated, placed, key).compile()
+    return compiled(replicated, placed, key), compiled.as_text()
+
+  together, plain = generate(())
+  shrunk, text = generate((0.5, 0.25))
+  assert_same(shrunk, together)
+  assert 0 < float(jnp.sum(together.finished)) < 2 * B
+  assert text.count(" while(") >= plain.count(" while(") + 2  # each size has a loop of its own
+
+
+def test_the_loop_shrinks_as_soon_as_the_open_rows_fit():
+  finished = jnp.array([1, 0, 0, 1, 1, 1, 0, 1], jnp.float32)
+  assert int(compact.needed(finished, 1)) == 3
+  assert int(compact.needed(finished, 2)) == 4  # the first device has two, the second one
+  np.testing.assert_array_equal(compact.still_open(finished, 4, 2), [[1, 2], [2, 0]])
+  np.testing.assert_array_equal(compact.still_open(finished, 3, 1), [[1, 2, 6]])
+  assert compact.sizes(16, (0.5, 0.26, 0.25), 2) == (16, 8, 6, 4)
+  assert compact.sizes(2, (0.9, 0.5), 2) == (2,)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -2])
+def test_rows_are_taken_from_their_own_device_along_any_axis(axis):
+  x = np.arange(4 * 4 * 4).reshape(4, 4, 4)
+  index = jnp.array([[1], [0]])
+  np.testing.assert_array_equal(compact.take(jnp.asarray(x), index, axis), np.take(x, [1, 2], axis))
+
+
+def test_rows_put_back_stand_where_they_came_from():
+  x, index = jnp.arange(8.0).reshape(8, 1), jnp.array([[3, 0], [1, 2]])
+  put = compact.put(jnp.zeros_like(x), index, compact.take(x, index))
+  np.testing.assert_array_equal(put[:, 0], [0, 0, 0, 3, 0, 5, 6, 0])
 
 
 @pytest.mark.conformance("A36")

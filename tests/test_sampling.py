@@ -18,12 +18,17 @@ from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import UserError
 
 draw = jax.jit(sampling.draw)
-sample = jax.jit(sampling.sample, static_argnames="config")
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def sample(logits, key, config):
+  """`sampling.sample` with the chance of a key."""
+  return sampling.sample(logits, jax.random.uniform(key, (logits.shape[0], 2)), config)
 
 
 def config(temperature=1.0, top_k=0, top_p=1.0, stop=None):
   return SamplingConfig(
-    max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop
+    max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, compact_to=()
   )
 
 

@@ -49,7 +49,9 @@ OPTIM = OptimConfig(
   weight_decay=0.0,
   clip_norm=None,
 )
-SAMPLING = SamplingConfig(max_new_tokens=6, temperature=1.0, top_k=0, top_p=1.0, stop=None)
+SAMPLING = SamplingConfig(
+  max_new_tokens=6, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=()
+)
 PPO = ppo_config.PPOConfig(
   num_steps=10,
   epochs=2,

@@ -1,13 +1,20 @@
-"""Decoding as one compiled function: prefill, then a while_loop with a key-value cache."""
+"""Decoding as one compiled function: prefill, then a while_loop with a key-value cache.
+
+Where `config.compact_to` names smaller batches, one loop follows the other: rows that have ended
+are left behind (`compact.py`), and the tokens drawn are the same.
+"""
+
+from collections.abc import Callable
 
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.generation import sampling
+from rlhf_jax.generation import compact, sampling
 from rlhf_jax.networks import heads
 from rlhf_jax.networks.transformer import KVCache
+from rlhf_jax.parallel import rules
 from rlhf_jax.types import Params, PromptBatch
 
 # Columns from one look at whether all rows have ended to the next: devices meet to look.
@@ -29,9 +36,11 @@ class DecodeState:
   """What one step of the loop hands to the next."""
 
   step: jax.Array  # [] int32, responses hold this many columns
-  is_open: jax.Array  # [] bool, whether a row was unfinished when last looked at
+  needed: jax.Array  # [] int32, the rows that the loop needed when last looked at; 0 ends it
+  rows: jax.Array  # [shards, b / shards] int32, which of a device's rows each of the loop's is
+  prompt_lengths: jax.Array  # [b] int32
   cache: KVCache  # of the prompt and all response columns but the last
-  completion: Completion
+  completion: Completion  # of b rows
 
 
 def generate(
@@ -49,45 +58,81 @@ def generate(
 
   Response k to prompt b is row b * samples + k; each prompt is read once. The loop ends early when
   every row has been ended by one of `stops`, up to `LOOK_EVERY` - 1 columns later. Step t draws
-  with fold_in(key, t), so rows do not depend on the mesh, nor on when their neighbours end.
+  with fold_in(key, t), so rows do not depend on when their neighbours end, nor on the mesh.
   """
   chex.assert_equal_shape([prompts.tokens, prompts.mask])
   B, P = prompts.tokens.shape
   R, rows = config.max_new_tokens, B * samples
+  shards = rules.row_shards(rows)
   positions, segments = heads.layout(prompts.mask)
   run = lambda *inputs: policy.apply({"params": params}, *inputs, method="hidden")
   head = lambda hidden: policy.apply({"params": params}, hidden, method="logits")
   hidden, cache = run(prompts.tokens, positions, segments, KVCache.empty(policy.config, B, P + R))
-  last_hidden, cache = jnp.repeat(hidden[:, -1], samples, axis=0), cache.repeat(samples)
-  prompt_lengths = jnp.repeat(jnp.sum(segments, axis=1), samples)
 
   def extend(state: DecodeState, hidden: jax.Array, cache: KVCache) -> DecodeState:
-    """Draws column `state.step` from the hidden state [B, D] of the column before."""
-    draw_key = jax.random.fold_in(key, state.step)
-    tokens, logprobs = sampling.sample(head(hidden), draw_key, config)
+    """Draws column `state.step` from the hidden state [b, D] of the column before."""
+    uniforms = jax.random.uniform(jax.random.fold_in(key, state.step), (rows, 2))
+    uniforms = compact.take(uniforms, state.rows)
+    tokens, logprobs = sampling.sample(head(hidden), uniforms, config)
     completion = _append(state.completion, state.step, tokens, logprobs, stops, pad_id)
-    look = lambda: ~jnp.all(completion.finished > 0)
-    is_open = jax.lax.cond(state.step % LOOK_EVERY == 0, look, lambda: state.is_open)
-    return DecodeState(state.step + 1, is_open, cache, completion)
-
-  def unfinished(state: DecodeState) -> jax.Array:
-    return (state.step < R) & state.is_open
+    look = lambda: compact.needed(completion.finished, shards)
+    needed = jax.lax.cond(state.step % LOOK_EVERY == 0, look, lambda: state.needed)
+    return state.replace(step=state.step + 1, needed=needed, cache=cache, completion=completion)
 
   def body(state: DecodeState) -> DecodeState:
     last = jax.lax.dynamic_slice_in_dim(state.completion.tokens, state.step - 1, 1, axis=1)
-    position = (prompt_lengths + state.step - 1)[:, None]
+    position = (state.prompt_lengths + state.step - 1)[:, None]
     hidden, cache = run(last, position, jnp.ones_like(position), state.cache)
     return extend(state, hidden[:, 0], cache)
 
-  blank = Completion(
-    tokens=jnp.full((rows, R), pad_id, jnp.int32),
-    mask=jnp.zeros((rows, R), jnp.float32),
-    logprobs=jnp.zeros((rows, R), jnp.float32),
-    finished=jnp.zeros((rows,), jnp.float32),
+  blank = _blank(rows, R, pad_id)
+  start = DecodeState(
+    step=jnp.int32(0),
+    needed=jnp.int32(rows),
+    rows=compact.every_row(rows, shards),
+    prompt_lengths=jnp.repeat(jnp.sum(segments, axis=1), samples),
+    cache=cache.repeat(samples),
+    completion=blank,
   )
-  start = DecodeState(jnp.int32(0), jnp.bool_(True), cache, blank)
-  state = extend(start, last_hidden, cache)
-  return jax.lax.while_loop(unfinished, body, state).completion
+  state = extend(start, jnp.repeat(hidden[:, -1], samples, axis=0), start.cache)
+  return _finish(state, blank, body, compact.sizes(rows, config.compact_to, shards)[1:])
+
+
+def _finish(
+  state: DecodeState,
+  done: Completion,
+  body: Callable[[DecodeState], DecodeState],
+  sizes: tuple[int, ...],
+) -> Completion:
+  """`done` with the rows of `state` written to their ends, in batches that shrink to `sizes`."""
+  R, shards, least = done.tokens.shape[1], state.rows.shape[0], sizes[0] if sizes else 0
+  more = lambda state: (state.step < R) & (state.needed > least)
+  state = jax.lax.while_loop(more, body, state)
+  done = jax.tree.map(lambda x, new: compact.put(x, state.rows, new), done, state.completion)
+  if not sizes:
+    return done
+  rest = lambda: _finish(_shrink(state, least, shards), done, body, sizes[1:])
+  return jax.lax.cond((state.step < R) & (state.needed > 0), rest, lambda: done)
+
+
+def _shrink(state: DecodeState, size: int, shards: int) -> DecodeState:
+  """The state with `size` rows, those that are open among them."""
+  kept = compact.still_open(state.completion.finished, size, shards)
+  take = lambda x: compact.take(x, kept)
+  own = jnp.take_along_axis(state.rows, kept, axis=1)
+  return state.replace(
+    rows=own,
+    prompt_lengths=take(state.prompt_lengths),
+    cache=state.cache.select(lambda x, axis: compact.take(x, kept, axis)),
+    completion=jax.tree.map(take, state.completion),
+  )
+
+
+def _blank(rows: int, R: int, pad_id: int) -> Completion:
+  """Responses of which nothing is drawn."""
+  zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+  tokens = jnp.full((rows, R), pad_id, jnp.int32)
+  return Completion(tokens, mask=zeros(rows, R), logprobs=zeros(rows, R), finished=zeros(rows))
 
 
 def _append(completion, step, tokens, logprobs, stops, pad_id) -> Completion:

@@ -14,11 +14,12 @@ import dataclasses
 import functools
 import math
 import operator
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.config import Count, Fraction, NonNegative, PositiveInt
+from rlhf_jax.config import Count, Fraction, NonNegative, PositiveInt, Range
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import UserError
 
@@ -44,6 +45,9 @@ class SamplingConfig:
   top_k: Count  # 0 keeps all
   top_p: Fraction  # 1 keeps all
   stop: StopConfig | None  # what ends a response beside EOS
+  # Shares of the batch that decoding goes on in when no more rows than that are open; each size is
+  # compiled apart. They change no token; () keeps all rows together.
+  compact_to: tuple[Annotated[float, Range(low=0.0, high=1.0, closed="neither")], ...]
 
   def __post_init__(self):
     if self.stop is not None and self.stop.at_or_after >= self.max_new_tokens:
@@ -111,15 +115,18 @@ def truncate(logits: jax.Array, config: SamplingConfig) -> jax.Array:
   return logits
 
 
-def sample(logits: jax.Array, key: jax.Array, config: SamplingConfig):
-  """Draws one token a row from logits [B, V]; returns ids [B] and their log-probabilities [B]."""
+def sample(logits: jax.Array, uniforms: jax.Array, config: SamplingConfig):
+  """Draws one token a row from logits [B, V]; returns ids [B] and their log-probabilities [B].
+
+  Chance comes in as `uniforms` [B, 2], in [0, 1).
+  """
   if config.temperature == 0:
     tokens = jnp.argmax(logits, axis=-1)
     return tokens.astype(jnp.int32), jnp.zeros(tokens.shape, jnp.float32)
   logits = truncate(logits, config)
   peak = jnp.max(logits, axis=-1, keepdims=True)
   weights = jnp.exp(logits - peak)
-  tokens = draw(weights, jax.random.uniform(key, (logits.shape[0], 2)))
+  tokens = draw(weights, uniforms)
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   return tokens, chosen - peak[:, 0] - jnp.log(jnp.sum(weights, axis=-1))
 

@@ -119,7 +119,8 @@ def next_token(
 def _draw(policy, params, hidden, state: StreamState, key, config) -> StreamState:
   """Draws from the hidden states' last column, [1, T, D]."""
   logits = policy.apply({"params": params}, hidden[:, -1], method="logits")
-  token, _ = sampling.sample(logits, jax.random.fold_in(key, state.step), config)
+  uniforms = jax.random.uniform(jax.random.fold_in(key, state.step), (1, 2))
+  token, _ = sampling.sample(logits, uniforms, config)
   return state.replace(step=state.step + 1, token=token, position=state.position + 1)
 
 

@@ -9,6 +9,7 @@ key-value cache is an argument and a result, so decoding is a pure function.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -93,10 +94,14 @@ class KVCache:
     """Each row `times` times in a row, for several continuations of one prompt."""
     if times == 1:
       return self
+    return self.select(lambda x, axis: jnp.repeat(x, times, axis=axis))
+
+  def select(self, rows: Callable[[jax.Array, int], jax.Array]) -> "KVCache":
+    """Other rows: what `rows(array, batch axis)` makes of each array."""
     # The batch axis is the fourth from the end, with and without a leading L.
-    again = lambda layers: jax.tree.map(lambda x: jnp.repeat(x, times, axis=-4), layers)
-    segments = jnp.repeat(self.segments, times, axis=0)
-    return self.replace(keys=again(self.keys), values=again(self.values), segments=segments)
+    of_layers = lambda layers: jax.tree.map(lambda x: rows(x, -4), layers)
+    keys, values = of_layers(self.keys), of_layers(self.values)
+    return self.replace(keys=keys, values=values, segments=rows(self.segments, 0))
 
 
 class RMSNorm(nn.Module):

@@ -120,6 +120,13 @@ def own_rows_and_heads(function: Callable, rows: int, heads: int) -> Callable:
   return split
 
 
+def row_shards(rows: int) -> int:
+  """Over how many devices a batch of so many rows is split, in a function of `mesh.jit`."""
+  axes = jax.sharding.get_abstract_mesh().shape
+  devices = _devices(mesh_lib.BATCH[0], axes) if axes else 1
+  return devices if rows % devices == 0 else 1
+
+
 def _devices(names: str | tuple[str, ...] | None, axes: Mapping[str, int]) -> int:
   """Over how many devices one axis of an array is split."""
   return math.prod(axes[name] for name in ((names,) if isinstance(names, str) else names or ()))

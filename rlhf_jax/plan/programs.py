@@ -96,8 +96,9 @@ def improved(config: ExperimentConfig, mesh: Mesh) -> list[Program]:
 
   prompts = on_batch(mesh, (stage.rollout.batch_size, stage.rollout.prompt_length), jnp.int32)
   prompts = PromptBatch(prompts, jax.tree.map(as_float, prompts))
+  together = dataclasses.replace(sampling, compact_to=())  # the worst case: no row ends early
   generate = functools.partial(
-    decode.generate, policy, config=sampling, stops=Stops((0,)), pad_id=0
+    decode.generate, policy, config=together, stops=Stops((0,)), pad_id=0
   )
   place_key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh_lib.replicated(mesh))
   arguments = {"policy": of_policy, "prompts": prompts, "key": place_key}

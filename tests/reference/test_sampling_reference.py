@@ -28,7 +28,7 @@ def logits():
 
 def config(temperature, top_k=0, top_p=1.0):
   return sampling.SamplingConfig(
-    max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p, stop=None
+    max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p, stop=None, compact_to=()
   )
 
 
@@ -64,9 +64,9 @@ def test_a_drawn_tokens_logprob_is_that_of_the_distribution_it_was_drawn_from(
   logits, top_k, top_p, assert_close
 ):
   settings = config(0.7, top_k, top_p)
-  keys = jax.random.split(jax.random.key(0), 20)
-  draw = jax.jit(jax.vmap(lambda key: sampling.sample(jnp.asarray(logits), key, settings)))
-  tokens, logprobs = draw(keys)
+  uniforms = jax.random.uniform(jax.random.key(0), (20, B, 2))
+  draw = jax.jit(jax.vmap(lambda chance: sampling.sample(jnp.asarray(logits), chance, settings)))
+  tokens, logprobs = draw(uniforms)
   reference = torch.log_softmax(warped(logits, 0.7, top_k, top_p), dim=-1).numpy()
   theirs = reference[np.arange(B)[None, :], np.asarray(tokens)]
   assert np.all(np.isfinite(theirs))  # no removed token was drawn
