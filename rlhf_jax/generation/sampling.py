@@ -16,6 +16,7 @@ import math
 import operator
 from typing import Annotated
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -104,15 +105,18 @@ def truncate(logits: jax.Array, config: SamplingConfig) -> jax.Array:
   if 0 < config.top_k < logits.shape[-1]:
     smallest_kept = jax.lax.top_k(logits, config.top_k)[0][:, -1:]
     logits = jnp.where(logits >= smallest_kept, logits, -jnp.inf)
-  if config.top_p < 1.0:
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    ordered = jnp.take_along_axis(logits, order, axis=-1)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The smallest set whose mass reaches top_p: a token stays if those before it fall short.
-    kept = jnp.where(mass_before < config.top_p, ordered, -jnp.inf)
-    logits = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
-  return logits
+  return nucleus(logits, config.top_p) if config.top_p < 1.0 else logits
+
+
+def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
+  """Logits [B, V] with all outside the nucleus removed; `top_p` is a number or [B, 1]."""
+  order = jnp.argsort(logits, axis=-1, descending=True)
+  ordered = jnp.take_along_axis(logits, order, axis=-1)
+  probabilities = jax.nn.softmax(ordered, axis=-1)
+  mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+  # The smallest set whose mass reaches top_p: a token stays if those before it fall short.
+  kept = jnp.where(mass_before < top_p, ordered, -jnp.inf)
+  return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
 
 
 def sample(logits: jax.Array, uniforms: jax.Array, config: SamplingConfig):
@@ -123,7 +127,29 @@ def sample(logits: jax.Array, uniforms: jax.Array, config: SamplingConfig):
   if config.temperature == 0:
     tokens = jnp.argmax(logits, axis=-1)
     return tokens.astype(jnp.int32), jnp.zeros(tokens.shape, jnp.float32)
-  logits = truncate(logits, config)
+  return _sample(truncate(logits, config), uniforms)
+
+
+@flax.struct.dataclass
+class Draws:
+  """How each row is drawn, as data: one compiled function serves all."""
+
+  temperature: jax.Array  # [B] float32, 0 is greedy
+  top_p: jax.Array  # [B] float32, 1 keeps all
+
+
+def sample_each(logits: jax.Array, uniforms: jax.Array, draws: Draws):
+  """`sample`, where every row has a temperature and a nucleus of its own."""
+  greedy, cuts = draws.temperature == 0, draws.top_p < 1.0
+  scaled = logits / jnp.where(greedy, 1.0, draws.temperature)[:, None]
+  cut = lambda: jnp.where(cuts[:, None], nucleus(scaled, draws.top_p[:, None]), scaled)
+  tokens, logprobs = _sample(jax.lax.cond(jnp.any(cuts), cut, lambda: scaled), uniforms)
+  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  return jnp.where(greedy, best, tokens), jnp.where(greedy, 0.0, logprobs)
+
+
+def _sample(logits: jax.Array, uniforms: jax.Array):
+  """Ids [B] drawn in proportion to exp(logits), and their log-probabilities [B]."""
   peak = jnp.max(logits, axis=-1, keepdims=True)
   weights = jnp.exp(logits - peak)
   tokens = draw(weights, uniforms)

@@ -30,10 +30,14 @@ def attention_mask(
   """Who sees whom, [B, T, S]: earlier columns, or its own, of the same segment; never padding.
 
   `segments` [B, T] are those of the queries, which stand from column `start` on among the `keys`
-  [B, S]. With `branches` [B, T], of the segment only branch 0 and its own.
+  [B, S]. With `branches` [B, T], of the segment only branch 0 and its own. A single query is the
+  latest of its segment, wherever the cache has the others (`generation/slots.py`).
   """
   length = segments.shape[1]
-  causal = jnp.arange(keys.shape[1])[None, :] <= start + jnp.arange(length)[:, None]
+  if length == 1:
+    causal = jnp.ones((1, keys.shape[1]), bool)
+  else:
+    causal = jnp.arange(keys.shape[1])[None, :] <= start + jnp.arange(length)[:, None]
   same = segments[:, :, None] == keys[:, None, :]
   if branches is not None:
     of_key = branches[:, None, :]
