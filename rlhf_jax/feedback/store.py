@@ -48,17 +48,11 @@ class Store:
       UserError: it cannot be reached, is not there, or has not the tables of this version.
     """
     engine = database.engine_for(url)
-    name = database.name_of(engine)
-    if not create and not database.exists(engine):
-      raise UserError(f"{name} does not exist; make it: python -m rlhf_jax.feedback init --db=...")
-    found = database.revision(engine)
-    if found != database.newest_revision():
-      if not create:
-        raise UserError(
-          f"{name} stands at revision {found}, this version needs {database.newest_revision()}; "
-          "make a copy, then: python -m rlhf_jax.feedback migrate --db=..."
-        )
-      database.migrate(engine)
+    try:
+      _require_tables(engine, create)
+    except BaseException:
+      engine.dispose()
+      raise
     return cls(engine)
 
   def close(self) -> None:
@@ -149,6 +143,21 @@ class Store:
       found = {kind: (n, gone) for kind, n, gone in connection.execute(query.group_by(head.kind))}
     counted = {kind: found.get(kind, (0, 0)) for kind in KINDS}
     return {kind: {"stored": n - gone, "withdrawn": gone} for kind, (n, gone) in counted.items()}
+
+
+def _require_tables(engine: sa.Engine, create: bool) -> None:
+  name = database.name_of(engine)
+  if not create and not database.exists(engine):
+    raise UserError(f"{name} does not exist; make it: python -m rlhf_jax.feedback init --db=...")
+  found, needed = database.revision(engine), database.newest_revision()
+  if found == needed:
+    return
+  if not create:
+    raise UserError(
+      f"{name} stands at revision {found}, this version needs {needed}; make a copy, then: "
+      "python -m rlhf_jax.feedback migrate --db=..."
+    )
+  database.migrate(engine)
 
 
 def insert(connection: sa.Connection, record: Record) -> str:
