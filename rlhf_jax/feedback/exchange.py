@@ -40,7 +40,7 @@ def dump(store: Store) -> list[Record]:
   """
   head = schema.records.c
   with store.reading() as connection:
-    place = dict(connection.execute(sa.select(head.id, head.serial)).tuples().all())
+    place = {id: serial for id, serial in connection.execute(sa.select(head.id, head.serial))}
     found = [record for kind in KINDS for record in rows.select(connection, kind)]
   return sorted(found, key=lambda record: (record.kind != Withdrawal.kind, place[record.id]))
 

@@ -209,7 +209,7 @@ def progress(store: Store) -> dict[str, Progress]:
   ).group_by(slots.work)
   skipped = sa.select(tasks.work, sa.func.count()).join(schema.skips, skips.task == tasks.id)
   with store.reading() as connection:
-    skip_counts = dict(connection.execute(skipped.group_by(tasks.work)).tuples().all())
+    skip_counts = {work: n for work, n in connection.execute(skipped.group_by(tasks.work))}
     return {
       work: Progress(*counts, skips=skip_counts.get(work, 0))
       for work, *counts in connection.execute(query)
