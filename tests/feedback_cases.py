@@ -15,21 +15,15 @@ import pytest
 import sqlalchemy as sa
 
 from rlhf_jax.feedback import people
+from rlhf_jax.feedback.labels import Answer, Candidate, Comparison, Demonstration, Skip, Task, Turn
 from rlhf_jax.feedback.records import (
   Activation,
-  Answer,
-  Candidate,
   CategoryScore,
   ChatMessage,
-  Comparison,
-  Demonstration,
   Feedback,
   HarmReport,
   Labeler,
   Policy,
-  Skip,
-  Task,
-  Turn,
   Use,
   UsedRecord,
   Verdict,

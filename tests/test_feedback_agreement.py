@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax.feedback import agreement, edits
 from rlhf_jax.feedback.agreement import Share, krippendorff_alpha, pairwise
-from rlhf_jax.feedback.records import Answer, Comparison
+from rlhf_jax.feedback.labels import Answer, Comparison
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.types import UserError
 

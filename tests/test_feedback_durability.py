@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Stores comparisons of nine answers and says each id once the store has it.
 WRITER = """
 import sys
-from rlhf_jax.feedback.records import Answer, Comparison
+from rlhf_jax.feedback.labels import Answer, Comparison
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.text.messages import Conversation
 store = Store.open(sys.argv[1])

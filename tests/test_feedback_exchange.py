@@ -1,6 +1,7 @@
 """Records as JSONL, training data with the ids it comes from, and the command line."""
 
 import json
+import pathlib
 
 import feedback_cases as cases
 import pytest
@@ -9,14 +10,8 @@ from rlhf_jax.data import jsonl
 from rlhf_jax.data import records as data
 from rlhf_jax.feedback import __main__ as cli
 from rlhf_jax.feedback import exchange, lineage, people, tasks, training
-from rlhf_jax.feedback.records import (
-  Candidate,
-  Comparison,
-  Demonstration,
-  Feedback,
-  Judgment,
-  Task,
-)
+from rlhf_jax.feedback.labels import Candidate, Comparison, Demonstration, Judgment, Task
+from rlhf_jax.feedback.records import Feedback
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.text.messages import Conversation
 from rlhf_jax.types import UserError
@@ -173,6 +168,14 @@ def test_a_line_of_a_task_file_is_a_task():
   ):
     with pytest.raises(UserError, match=says):
       read(wrong)
+
+
+def test_the_task_file_of_the_documentation_is_one():
+  page = (pathlib.Path(__file__).parents[1] / "docs/feedback.md").read_text(encoding="utf-8")
+  text = page.split("```json\n")[1].split("```")[0].replace(",\n", ", ")
+  read = [exchange.task_from_json(json.loads(line), author="a") for line in text.splitlines()]
+  assert [task.work for task in read] == ["compare", "demonstrate", "demonstrate"]
+  assert read[0].gold == (0, 1)
 
 
 @pytest.fixture

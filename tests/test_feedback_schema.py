@@ -1,6 +1,7 @@
 """The tables: what migrations make is what `schema.py` says, and holds every field of a record."""
 
 import dataclasses
+import shutil
 import typing
 
 import feedback_cases as cases
@@ -95,6 +96,23 @@ def test_a_database_of_a_newer_version_is_refused_and_left_alone(place):
 def test_a_database_without_tables_is_refused_with_the_command_that_makes_them(place):
   with pytest.raises(UserError, match="rlhf_jax.feedback (init|migrate)"):
     Store.open(cases.new_database(*place))
+
+
+def test_a_change_of_the_schema_becomes_a_migration_that_makes_it(tmp_path, monkeypatch):
+  engine = database.engine_for(f"sqlite:///{tmp_path}/old.db")
+  database.migrate(engine)
+  with database.writing(engine) as connection:  # as if the schema had just gained a table
+    connection.execute(sa.text("DROP TABLE drafts"))
+  copied = shutil.copytree(database.MIGRATIONS, tmp_path / "migrations")
+  monkeypatch.setattr(database, "MIGRATIONS", copied)
+  before = set((copied / "versions").glob("*.py"))
+  database.new_revision(engine, "drafts are kept")
+  (written,) = set((copied / "versions").glob("*.py")) - before
+  assert written.read_text().startswith('"""drafts are kept."""')
+  database.migrate(engine)
+  assert database.drift(engine) == []
+  assert database.revision(engine) != "0001"
+  engine.dispose()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,20 +9,15 @@ import pytest
 import sqlalchemy as sa
 
 from rlhf_jax.feedback import conversations, lineage, people, tasks
+from rlhf_jax.feedback.labels import Answer, Comparison, Demonstration, Judgment, Task, Turn
 from rlhf_jax.feedback.records import (
   KINDS,
-  Answer,
   CategoryScore,
   ChatMessage,
-  Comparison,
-  Demonstration,
   Feedback,
   HarmReport,
-  Judgment,
   Labeler,
   Policy,
-  Task,
-  Turn,
   Use,
   UsedRecord,
   Verdict,

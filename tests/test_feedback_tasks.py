@@ -12,7 +12,7 @@ import feedback_cases as cases
 import pytest
 
 from rlhf_jax.feedback import people, tasks
-from rlhf_jax.feedback.records import (
+from rlhf_jax.feedback.labels import (
   Candidate,
   Comparison,
   Demonstration,
@@ -296,7 +296,7 @@ def test_drafts_saved_at_once_are_one_of_them(store):
 WORKER = """
 import sys
 from rlhf_jax.feedback import tasks
-from rlhf_jax.feedback.records import Judgment
+from rlhf_jax.feedback.labels import Judgment
 from rlhf_jax.feedback.store import Store
 url, *names = sys.argv[1:]
 sys.stdin.readline()

@@ -5,18 +5,8 @@ import pytest
 import sqlalchemy as sa
 
 from rlhf_jax.feedback import conversations, exchange, lineage, people, tasks, training, withdrawal
-from rlhf_jax.feedback.records import (
-  Answer,
-  Candidate,
-  ChatMessage,
-  Comparison,
-  Demonstration,
-  Feedback,
-  HarmReport,
-  Judgment,
-  Labeler,
-  Turn,
-)
+from rlhf_jax.feedback.labels import Answer, Candidate, Comparison, Demonstration, Judgment, Turn
+from rlhf_jax.feedback.records import ChatMessage, Feedback, HarmReport, Labeler
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.types import UserError
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from rlhf_jax.feedback.records import FLAGS, Comparison, Task
+from rlhf_jax.feedback.labels import FLAGS, Comparison, Task
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.types import UserError
 

@@ -5,7 +5,8 @@ from typing import Literal
 import sqlalchemy as sa
 
 from rlhf_jax.feedback import rows, schema
-from rlhf_jax.feedback.records import Answer, ChatMessage, Comparison, Policy
+from rlhf_jax.feedback.labels import Answer, Comparison
+from rlhf_jax.feedback.records import ChatMessage, Policy
 from rlhf_jax.feedback.store import Store, insert, require
 from rlhf_jax.text.messages import Conversation
 from rlhf_jax.types import UserError

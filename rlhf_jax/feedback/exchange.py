@@ -13,15 +13,9 @@ import sqlalchemy as sa
 from rlhf_jax.data import files
 from rlhf_jax.data import records as data
 from rlhf_jax.feedback import rows, schema, tasks, withdrawal
-from rlhf_jax.feedback.records import (
-  KINDS,
-  Comparison,
-  Demonstration,
-  Record,
-  Task,
-  Withdrawal,
-  from_json,
-)
+from rlhf_jax.feedback.base import Record
+from rlhf_jax.feedback.labels import Comparison, Demonstration, Task
+from rlhf_jax.feedback.records import KINDS, Withdrawal, from_json
 from rlhf_jax.feedback.store import Store, insert
 from rlhf_jax.feedback.training import Stored
 from rlhf_jax.training.files import write_text_atomic

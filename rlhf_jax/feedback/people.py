@@ -6,12 +6,12 @@ import secrets
 import sqlalchemy as sa
 
 from rlhf_jax.feedback import rows, schema, shapes
-from rlhf_jax.feedback.records import Activation, Labeler, TaskRole
+from rlhf_jax.feedback.records import Activation, Labeler, PersonRole
 from rlhf_jax.feedback.store import Store, insert, require
 from rlhf_jax.types import UserError
 
 
-def add_labeler(store: Store, name: str, role: TaskRole, *, author: str) -> tuple[Labeler, str]:
+def add_labeler(store: Store, name: str, role: PersonRole, *, author: str) -> tuple[Labeler, str]:
   """Adds a person; returns them and their token, which cannot be shown again.
 
   Raises:

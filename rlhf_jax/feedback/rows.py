@@ -6,7 +6,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from rlhf_jax.feedback import schema, shapes
-from rlhf_jax.feedback.records import KINDS, Record
+from rlhf_jax.feedback.base import Record
+from rlhf_jax.feedback.records import KINDS
 
 HEAD = ("author", "id", "created_at", "supersedes")  # the fields that all records have
 

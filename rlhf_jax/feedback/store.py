@@ -15,13 +15,13 @@ from typing import Any, Self, TypeVar
 import sqlalchemy as sa
 
 from rlhf_jax.feedback import database, rows, schema
+from rlhf_jax.feedback.base import Record
+from rlhf_jax.feedback.labels import Task
 from rlhf_jax.feedback.records import (
   KINDS,
   ChatMessage,
   Feedback,
   Labeler,
-  Record,
-  Task,
   Use,
   Verdict,
   VerdictReport,

@@ -13,12 +13,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from rlhf_jax.feedback import people, rows, schema, shapes
-from rlhf_jax.feedback.records import (
+from rlhf_jax.feedback.base import Record
+from rlhf_jax.feedback.labels import (
   Answer,
   Comparison,
   Demonstration,
   Judgment,
-  Record,
   Skip,
   Task,
   TaskKind,

@@ -12,15 +12,8 @@ import sqlalchemy as sa
 
 from rlhf_jax.data import records as data
 from rlhf_jax.feedback import conversations, schema
-from rlhf_jax.feedback.records import (
-  ChatMessage,
-  Comparison,
-  Demonstration,
-  Feedback,
-  HarmReport,
-  Verdict,
-  VerdictReport,
-)
+from rlhf_jax.feedback.labels import Comparison, Demonstration
+from rlhf_jax.feedback.records import ChatMessage, Feedback, HarmReport, Verdict, VerdictReport
 from rlhf_jax.feedback.store import Store
 
 ItemType = TypeVar("ItemType")
