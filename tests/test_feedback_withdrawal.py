@@ -1,5 +1,7 @@
 """Withdrawal: what a person said is gone from every place, and what is left says so."""
 
+import threading
+
 import feedback_cases as cases
 import pytest
 import sqlalchemy as sa
@@ -7,7 +9,7 @@ import sqlalchemy as sa
 from rlhf_jax.feedback import conversations, exchange, lineage, people, tasks, training, withdrawal
 from rlhf_jax.feedback.labels import Answer, Candidate, Comparison, Demonstration, Judgment, Turn
 from rlhf_jax.feedback.records import ChatMessage, Feedback, HarmReport, Labeler
-from rlhf_jax.feedback.store import Store
+from rlhf_jax.feedback.store import Store, insert
 from rlhf_jax.types import UserError
 
 SECRET = "my sister Xanthippe lives at 7 Rue Morgue"
@@ -145,6 +147,24 @@ def test_withdrawing_nobody_is_an_error_and_changes_nothing(store):
     with pytest.raises(UserError, match="no record holds anything"):
       withdrawal.withdraw(store, nobody, author="lab")
   assert everywhere(store) == before
+
+
+def test_a_withdrawal_waits_for_what_is_just_being_written_and_takes_it_too(store):
+  ask = ChatMessage(author="ann", conversation="c", role="user", content="Hello?")
+  reply = ChatMessage(author="ann", conversation="c", parent=ask.id, role="assistant", content="Hi")
+  store.add_all([ask, reply])
+  late = Feedback(author="bob", message=reply.id, thumb="down", text=SECRET)
+  withdrawn = []
+  work = lambda: withdrawn.append(withdrawal.withdraw(store, "ann", author="lab"))
+  thread = threading.Thread(target=work)
+  with store.writing() as connection:
+    insert(connection, late)
+    thread.start()
+    thread.join(0.5)
+    assert thread.is_alive()
+  thread.join(30)
+  assert late.id in [stone.record for stone in withdrawn[0].tombstones]
+  assert SECRET not in everywhere(store)
 
 
 def test_a_withdrawal_reaches_a_store_that_imports_it(store, place):
