@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "rlhf_jax/__init__.py").re
 
 CORE = [
   "absl-py>=2.1",
+  "alembic>=1.14,<2",  # migrations of the database of people's records
   "array_record>=0.8,<1",
   "chex>=0.1.91,<0.2",
   "flax>=0.12,<0.13",
@@ -24,6 +25,7 @@ CORE = [
   "orbax-checkpoint>=0.11.30,<0.13",
   "rich>=13.9",
   "safetensors>=0.5,<1",
+  "sqlalchemy>=2.0,<3",  # people's records are as much part of the recipe as the optimiser
   "tensorboardX>=2.6.2,<3",
   "tensorflow-datasets>=4.9.9,<5",  # reads and writes ArrayRecord without TensorFlow
   "tokenizers>=0.21,<1",
@@ -34,6 +36,7 @@ EXTRAS = {
     "ipykernel>=6.29",
     "nbclient>=0.10",
     "nbformat>=5.10",
+    "psycopg[binary]>=3.2,<4",  # the database is tested on PostgreSQL where one is installed
     "pytest>=8.3",
     "ruff>=0.9",
   ],
@@ -47,9 +50,9 @@ EXTRAS = {
   ],
   "gpu": ["jax[cuda13]>=0.10,<0.12"],
   "tpu": ["jax[tpu]>=0.10,<0.12"],
+  "postgres": ["psycopg[binary]>=3.2,<4"],  # records that several machines write
   "serve": [
     "fastapi>=0.115",
-    "sqlalchemy>=2.0,<3",
     "uvicorn>=0.34",
   ],
 }
@@ -62,6 +65,7 @@ setuptools.setup(
   license_files=["LICENSE"],
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["rlhf_jax", "rlhf_jax.*"]),
+  package_data={"rlhf_jax.feedback.migrations": ["script.py.mako"]},
   install_requires=CORE,
   extras_require=EXTRAS,
 )
