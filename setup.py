@@ -13,6 +13,7 @@ CORE = [
   "alembic>=1.14,<2",  # migrations of the database of people's records
   "array_record>=0.8,<1",
   "chex>=0.1.91,<0.2",
+  "fastapi>=0.115,<1",
   "flax>=0.12,<0.13",
   "gguf>=0.17,<1",
   "grain>=0.2.12,<0.3",
@@ -23,22 +24,28 @@ CORE = [
   "numpy>=2.0,<3",
   "optax>=0.2.5,<0.3",
   "orbax-checkpoint>=0.11.30,<0.13",
+  "prometheus-client>=0.21,<1",
   "rich>=13.9",
   "safetensors>=0.5,<1",
   "sqlalchemy>=2.0,<3",  # people's records are as much part of the recipe as the optimiser
   "tensorboardX>=2.6.2,<3",
   "tensorflow-datasets>=4.9.9,<5",  # reads and writes ArrayRecord without TensorFlow
   "tokenizers>=0.21,<1",
+  "uvicorn>=0.34,<1",
 ]
 
 EXTRAS = {
   "test": [
+    "httpx>=0.28,<1",
     "ipykernel>=6.29",
     "nbclient>=0.10",
     "nbformat>=5.10",
+    "openai>=2.0,<3",  # the client that the server must satisfy
+    "playwright>=1.50,<2",  # drives the pages where a Chromium is installed
     "psycopg[binary]>=3.2,<4",  # the database is tested on PostgreSQL where one is installed
     "pytest>=8.3",
     "ruff>=0.9",
+    "schemathesis>=4.0,<5",  # looks for requests that break the server
   ],
   # Independent code that tests compare with; pinned where a test leans on its details.
   "reference": [
@@ -51,10 +58,6 @@ EXTRAS = {
   "gpu": ["jax[cuda13]>=0.10,<0.12"],
   "tpu": ["jax[tpu]>=0.10,<0.12"],
   "postgres": ["psycopg[binary]>=3.2,<4"],  # records that several machines write
-  "serve": [
-    "fastapi>=0.115",
-    "uvicorn>=0.34",
-  ],
 }
 
 setuptools.setup(

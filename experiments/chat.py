@@ -41,7 +41,9 @@ OPTIONS = {
 def main(config, workdir, policy, context, seed, **sampling):
   if (config is None) == (workdir is None):
     raise UserError("give --workdir for a policy of a run, or --config for a pretrained model.")
-  sampling = build(SamplingConfig, {"top_k": 0, "stop": None, **sampling}, "sampling")
+  sampling = build(
+    SamplingConfig, {"top_k": 0, "stop": None, "compact_to": (), **sampling}, "sampling"
+  )
   if workdir is not None:
     speaker = chat.of_run(workdir, policy, sampling, context)
   else:
