@@ -64,14 +64,14 @@ def init(params: Params, optimizer: optax.GradientTransformation) -> RewardState
 
 def score_answers(network: heads.ScalarNetwork, params: Params, batch: RankingBatch) -> jax.Array:
   """Scores [B, M, K], each read at the last token of its answer; one forward pass over each."""
-  values = network.apply(
+  at_ends = network.apply(
     {"params": params},
     batch.tokens,
     batch.positions,
     batch.segments,
     branches=batch.branches,
+    columns=batch.ends.reshape(len(batch.ends), -1),
   )
-  at_ends = jnp.take_along_axis(values, batch.ends.reshape(len(values), -1), axis=1)
   return at_ends.reshape(batch.ends.shape)
 
 
@@ -87,8 +87,10 @@ def score_sequences(
   With `first_block`, `tokens` is their stream [B, T, D] after the blocks before it.
   """
   positions, segments = heads.layout(mask)
-  values = network.apply({"params": params}, tokens, positions, segments, first_block)
-  return heads.last_token(values, mask)
+  columns = heads.last_column(mask)[:, None]
+  return network.apply(
+    {"params": params}, tokens, positions, segments, first_block, columns=columns
+  )[:, 0]
 
 
 def pairs(ranks: jax.Array, valid: jax.Array) -> jax.Array:

@@ -153,5 +153,7 @@ def response_values(
   """
   positions, segments = heads.layout(mask)
   start = mask.shape[1] - response_length - 1
-  values = scalar.apply({"params": params}, sequences, positions, segments, first_block)
-  return values[:, start : start + response_length]
+  columns = (start, start + response_length)
+  return scalar.apply(
+    {"params": params}, sequences, positions, segments, first_block, columns=columns
+  )

@@ -50,6 +50,16 @@ def test_outputs_and_gradients_are_those_of_plain_attention(shape, tile, monkeyp
   assert np.abs(jax.tree.leaves(expected)[0]).max() > 0.1
 
 
+@pytest.mark.parametrize("start", [1, 64, 100])
+def test_the_last_queries_alone_give_what_they_give_among_all(start):
+  query, key, value, mask, gradient = inputs(SHAPES[1])
+  some = query[:, start:], key, value, mask[:, start:], gradient[:, start:]
+  in_blocks = lambda *x: blocked.attend(*x, start)
+  found = jax.jit(functools.partial(both_ways, in_blocks))(*some)
+  expected = jax.jit(functools.partial(both_ways, attention.attend))(*some)
+  tiny.assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_bfloat16_is_as_close_as_its_rounding():
   shape = SHAPES[2]
   run = lambda attend: jax.jit(functools.partial(both_ways, attend))

@@ -249,8 +249,8 @@ class Successor(nn.Module):
 
   config: ModelConfig
 
-  def hidden(self, tokens, positions, segments, cache):
-    return jax.nn.one_hot(tokens + 1, self.config.vocab_size), cache
+  def hidden(self, tokens, positions, segments, cache, first_block=0, columns=(0, None)):
+    return jax.nn.one_hot(tokens[:, slice(*columns)] + 1, self.config.vocab_size), cache
 
   def logits(self, hidden):
     return 100.0 * hidden

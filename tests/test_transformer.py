@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rlhf_jax.networks import attention, heads, pretrained
+from rlhf_jax.networks import attention, blocked, heads, pretrained
 from rlhf_jax.networks.transformer import KVCache, ModelConfig, Transformer
 from rlhf_jax.types import UserError
 
@@ -198,6 +198,52 @@ def test_scanned_layers_read_through_the_cache_as_well(params, scanned):
   expected = run(params, tokens, *plain(tokens))
   got = read_in_pieces(*scanned, tokens, mask, first=5)
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+SOME = [(8, 9), (0, 9), (3, 7), "picked"]
+
+
+@pytest.mark.parametrize(
+  "compute",
+  [{}, {"remat": True}, {"scan_layers": True}, {"scan_layers": True, "remat": True}],
+  ids=str,
+)
+@pytest.mark.parametrize("columns", SOME, ids=str)
+def test_some_columns_alone_have_the_states_and_gradients_that_they_have_among_all(
+  params, columns, compute, monkeypatch
+):
+  monkeypatch.setattr(blocked, "BLOCK", 4)
+  picked = np.array([[0, 8], [4, 4], [7, 2]])
+  some = jnp.asarray(picked) if columns == "picked" else columns
+  changes = {f"compute__{name}": value for name, value in compute.items()}
+  network = Transformer(tiny.changed(tiny.MODEL, compute__attention="blocked", **changes))
+  if "scan_layers" in compute:
+    params = pretrained.stack_layers({"trunk": params})["trunk"]
+  tokens, weights = tiny.random_tokens((B, T), 3), jax.random.normal(jax.random.key(0), (B, T, 1))
+  take = lambda x: x[np.arange(B)[:, None], picked] if columns == "picked" else x[:, slice(*some)]
+
+  def states(params, columns):
+    run = lambda params: network.apply({"params": params}, tokens, *plain(tokens), columns=columns)
+    hidden = run(params)[0] if columns is not None else take(run(params)[0])
+    return jnp.sum(jnp.sin(hidden) * take(weights)), hidden
+
+  of = lambda columns: jax.jit(
+    jax.value_and_grad(lambda params: states(params, columns), has_aux=True)
+  )(params)
+  tiny.assert_trees_close(of(some), of(None), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_read_for_its_last_column_fills_the_whole_cache(params):
+  tokens = tiny.random_tokens((B, T), 4)
+  read = jax.jit(
+    lambda params, columns: NETWORK.apply(
+      {"params": params}, tokens, *plain(tokens), KVCache.empty(tiny.MODEL, B, T), columns=columns
+    ),
+    static_argnums=1,
+  )
+  (last, cache), (whole, expected) = read(params, (T - 1, T)), read(params, None)
+  np.testing.assert_allclose(last[:, 0], whole[:, -1], rtol=1e-5, atol=1e-5)
+  tiny.assert_trees_close(cache, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

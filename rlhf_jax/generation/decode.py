@@ -67,7 +67,8 @@ def generate(
   positions, segments = heads.layout(prompts.mask)
   run = lambda *inputs: policy.apply({"params": params}, *inputs, method="hidden")
   head = lambda hidden: policy.apply({"params": params}, hidden, method="logits")
-  hidden, cache = run(prompts.tokens, positions, segments, KVCache.empty(policy.config, B, P + R))
+  blank_cache = KVCache.empty(policy.config, B, P + R)
+  hidden, cache = run(prompts.tokens, positions, segments, blank_cache, 0, (P - 1, P))
 
   def extend(state: DecodeState, hidden: jax.Array, cache: KVCache) -> DecodeState:
     """Draws column `state.step` from the hidden state [b, D] of the column before."""
@@ -94,7 +95,7 @@ def generate(
     cache=cache.repeat(samples),
     completion=blank,
   )
-  state = extend(start, jnp.repeat(hidden[:, -1], samples, axis=0), start.cache)
+  state = extend(start, jnp.repeat(hidden[:, 0], samples, axis=0), start.cache)
   return _finish(state, blank, body, compact.sizes(rows, config.compact_to, shards)[1:])
 
 

@@ -193,10 +193,16 @@ def admit(
   positions, segments = heads.layout(arrivals.mask)
   blank = KVCache.empty(policy.config, n, W)
   hidden, read = policy.apply(
-    {"params": params}, arrivals.tokens, positions, segments, blank, method="hidden"
+    {"params": params},
+    arrivals.tokens,
+    positions,
+    segments,
+    blank,
+    columns=(W - 1, W),
+    method="hidden",
   )
   first = jnp.zeros((n,), jnp.int32)
-  drawn = _draw(policy, params, hidden[:, -1], arrivals.keys, first, arrivals.draws)
+  drawn = _draw(policy, params, hidden[:, 0], arrivals.keys, first, arrivals.draws)
   here = arrivals.slots
   put = lambda old, new: old.at[here].set(new, mode="drop")
   into = lambda old, new: old.at[..., here, :, P - W : P, :].set(new, mode="drop")

@@ -88,8 +88,9 @@ def prefill(
   """Reads a left-padded prompt, tokens and mask [1, P], and draws the first token."""
   positions, segments = heads.layout(mask)
   cache = KVCache.empty(policy.config, 1, tokens.shape[1] + config.max_new_tokens)
+  P = tokens.shape[1]
   hidden, cache = policy.apply(
-    {"params": params}, tokens, positions, segments, cache, method="hidden"
+    {"params": params}, tokens, positions, segments, cache, columns=(P - 1, P), method="hidden"
   )
   blank = StreamState(jnp.int32(0), jnp.zeros((1,), jnp.int32), positions[0, -1], cache)
   return _draw(policy, params, hidden, blank, key, config)

@@ -7,6 +7,8 @@ after the other goes through, or several where they are small. On an accelerator
 at once, `attention.attend` is the faster one.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -18,37 +20,40 @@ MOST_BLOCKS = 8  # of a row; longer rows have longer blocks, as each is compiled
 TILE = 1 << 16  # scores that are computed at once: as many as stay in a core's cache
 
 
-@jax.custom_vjp
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-  """What `attention.attend` returns, for a causal mask: query t sees no key after t.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(
+  query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, start: int = 0
+) -> jax.Array:
+  """What `attention.attend` returns, for a causal mask: query t sees no key after start + t.
 
-  query [B, T, N, H]; key, value [B, G, T, H]; mask [B, T, T]. Returns [B, T, N, H].
+  query [B, C, N, H]; key, value [B, G, T, H]; mask [B, C, T]. Returns [B, C, N, H].
   """
-  return _forward(query, key, value, mask)[0]
+  return _forward(query, key, value, mask, start)[0]
 
 
-def _forward(query, key, value, mask):
-  G = key.shape[1]
-  out, normaliser = _each_head(_read, mask, _by_head(query, G), key, value)
+def _forward(query, key, value, mask, start):
+  G, read = key.shape[1], functools.partial(_read, start)
+  out, normaliser = _each_head(read, mask, _by_head(query, G), key, value)
   return _by_column(out), (query, key, value, mask, out, normaliser)
 
 
-def _backward(kept, gradient):
+def _backward(start, kept, gradient):
   query, key, value, mask, out, normaliser = kept
   G = key.shape[1]
   inputs = _by_head(query, G), key, value, out, normaliser, _by_head(gradient, G)
-  of_query, of_key, of_value = _each_head(_read_backwards, mask, *inputs)
+  read_backwards = functools.partial(_read_backwards, start)
+  of_query, of_key, of_value = _each_head(read_backwards, mask, *inputs)
   return _by_column(of_query), of_key, of_value, None
 
 
 attend.defvjp(_forward, _backward)
 
 
-def _read(query, key, value, mask):
-  """Output [M, T, H] and log-normalisers [M, T] of the M query heads of one key-value head."""
+def _read(start, query, key, value, mask):
+  """Output [M, C, H] and log-normalisers [M, C] of the M query heads of one key-value head."""
   outs, normalisers = [], []
   for rows in _blocks(query.shape[1]):
-    seen = slice(0, rows.stop)
+    seen = slice(0, start + rows.stop)
     scores = jnp.where(mask[None, rows, seen], _scores(query[:, rows], key[seen]), MASKED)
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
@@ -59,8 +64,8 @@ def _read(query, key, value, mask):
   return jnp.concatenate(outs, axis=1), jnp.concatenate(normalisers, axis=1)
 
 
-def _read_backwards(query, key, value, out, normaliser, gradient, mask):
-  """Gradients of query [M, T, H], key and value [T, H], from that of the output.
+def _read_backwards(start, query, key, value, out, normaliser, gradient, mask):
+  """Gradients of query [M, C, H], key and value [T, H], from that of the output.
 
   With weights P, scores S and output O: dV = P' dO, dS = P (dO V' - sum(dO O)), dQ = dS K,
   dK = dS' Q.
@@ -71,7 +76,7 @@ def _read_backwards(query, key, value, out, normaliser, gradient, mask):
   of_query = []
   of_key, of_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
   for rows in _blocks(query.shape[1]):
-    seen = slice(0, rows.stop)
+    seen = slice(0, start + rows.stop)
     some, moved = query[:, rows], gradient[:, rows]
     scores = _scores(some, key[seen])
     weights = jnp.exp(scores - normaliser[:, rows, None])
@@ -103,7 +108,7 @@ def _blocks(length: int) -> list[slice]:
 
 
 def _each_head(function, mask, *arrays):
-  """`function(*arrays, mask)` of every row and head; arrays [B, G, ...], mask [B, T, T]."""
+  """`function(*arrays, mask)` of every row and head; arrays [B, G, ...], mask [B, C, T]."""
 
   def local(mask, *arrays):
     rows, heads = arrays[0].shape[:2]

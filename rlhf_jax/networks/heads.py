@@ -35,9 +35,11 @@ class Policy(nn.Module):
     """Logits [B, T, V] float32; those at column t predict the token at t + 1."""
     return self.logits(self.hidden(tokens, positions, segments)[0])
 
-  def hidden(self, inputs, positions, segments, cache: KVCache | None = None, first_block=0):
+  def hidden(
+    self, inputs, positions, segments, cache: KVCache | None = None, first_block=0, columns=None
+  ):
     """Hidden states [B, T, D] and the updated cache; see `Transformer.__call__`."""
-    return self.trunk(inputs, positions, segments, cache, first_block)
+    return self.trunk(inputs, positions, segments, cache, first_block, columns=columns)
 
   def stem(self, tokens, positions, segments, blocks: int) -> jax.Array:
     """The stream [B, T, D] after the first blocks; see `shared_stem`."""
@@ -64,9 +66,11 @@ class ScalarNetwork(nn.Module):
     std = (self.config.d_model + 1) ** -0.5
     self.score = nn.Dense(1, dtype=jnp.float32, kernel_init=nn.initializers.normal(std))
 
-  def __call__(self, inputs, positions, segments, first_block=0, branches=None) -> jax.Array:
-    """One float32 per token, [B, T]: what is known after reading the token."""
-    hidden, _ = self.trunk(inputs, positions, segments, None, first_block, branches)
+  def __call__(
+    self, inputs, positions, segments, first_block=0, branches=None, columns=None
+  ) -> jax.Array:
+    """One float32 per token, [B, T], or of some columns: what is known after reading the token."""
+    hidden, _ = self.trunk(inputs, positions, segments, None, first_block, branches, columns)
     return self.score(hidden)[..., 0]
 
 
@@ -113,12 +117,11 @@ def layout(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0) * real, real
 
 
-def last_token(values: jax.Array, mask: jax.Array) -> jax.Array:
-  """values [B, T] at the last column where mask [B, T] is set, [B]; padding may be on any side.
+def last_column(mask: jax.Array) -> jax.Array:
+  """The last column where mask [B, T] is set, [B] int32; padding may be on any side.
 
   Scores are read where the answer ends: after its end-of-message token, never at a pad and never
   at an end-of-message token of an earlier turn.
   """
-  columns = jnp.arange(mask.shape[1])
-  last = jnp.max(jnp.where(mask > 0, columns[None, :], 0), axis=1)
-  return jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
+  columns = jnp.arange(mask.shape[1], dtype=jnp.int32)
+  return jnp.max(jnp.where(mask > 0, columns[None, :], 0), axis=1)

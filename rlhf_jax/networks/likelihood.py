@@ -74,8 +74,8 @@ def of_responses(
 ) -> Likelihood:
   """The likelihood of the last R tokens of B rows.
 
-  The hidden state at column t - 1 scores the token at t, so the slice is [P - 1, T - 1). The head
-  is applied to these columns only.
+  The hidden state at column t - 1 scores the token at t, so the columns are [P - 1, T - 1). The
+  last block's queries and the head are computed for these only.
 
   Args:
     policy: the network.
@@ -87,9 +87,15 @@ def of_responses(
     first_block: see `heads.shared_stem`.
   """
   positions, segments = heads.layout(mask)
+  start = mask.shape[1] - responses.shape[1] - 1
   hidden, _ = policy.apply(
-    {"params": params}, sequences, positions, segments, None, first_block, method="hidden"
+    {"params": params},
+    sequences,
+    positions,
+    segments,
+    None,
+    first_block,
+    columns=(start, start + responses.shape[1]),
+    method="hidden",
   )
-  R = responses.shape[1]
-  start = mask.shape[1] - R - 1
-  return of_tokens(policy, params, hidden[:, start : start + R], responses, temperature)
+  return of_tokens(policy, params, hidden, responses, temperature)

@@ -9,6 +9,7 @@ key-value cache is an argument and a result, so decoding is a pure function.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from rlhf_jax.networks import attention, blocked
 from rlhf_jax.networks.attention import attention_mask, rotary, rotate
 from rlhf_jax.parallel.rules import constrain
 from rlhf_jax.types import UserError
+
+SPAN_ARGUMENT = 7  # of a block's call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,14 +126,14 @@ class Attention(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x, layer_cache, index, mask, angles):
-    c = self.config
-    project = lambda name, heads: nn.DenseGeneral(
+  def __call__(self, x, layer_cache, index, mask, angles, picked=None, span=None):
+    c, pick = self.config, functools.partial(_pick, picked=picked, span=span)
+    project = lambda name, heads, x: nn.DenseGeneral(
       (heads, c.head_dim), use_bias=False, dtype=c.compute.dtype, kernel_init=_normal(), name=name
     )(x)
-    query = rotate(project("query", c.n_heads), *angles)
-    key = rotate(project("key", c.n_kv_heads), *angles).swapaxes(1, 2)
-    value = project("value", c.n_kv_heads).swapaxes(1, 2)
+    query = rotate(project("query", c.n_heads, pick(x)), *map(pick, angles))
+    key = rotate(project("key", c.n_kv_heads, x), *angles).swapaxes(1, 2)
+    value = project("value", c.n_kv_heads, x).swapaxes(1, 2)
     if layer_cache is not None:
       keys, values = layer_cache
       key = jax.lax.dynamic_update_slice_in_dim(keys, key, index, axis=2)
@@ -138,9 +141,12 @@ class Attention(nn.Module):
       # The barrier keeps XLA from fusing the update into its readers, which would need the old
       # cache as well and so copy every layer's cache on every decoded token.
       key, value = jax.lax.optimization_barrier((key, value))
-    in_blocks = layer_cache is None and c.compute.in_blocks and x.shape[1] > blocked.BLOCK
-    read = blocked.attend if in_blocks else attention.attend
-    mixed = constrain(read(query, key, value, mask), "heads")
+    whole_rows = layer_cache is None and picked is None and x.shape[1] > blocked.BLOCK
+    if whole_rows and c.compute.in_blocks:
+      mixed = blocked.attend(query, key, value, pick(mask), span[0] if span else 0)
+    else:
+      mixed = attention.attend(query, key, value, pick(mask))
+    mixed = constrain(mixed, "heads")
     out = nn.DenseGeneral(
       c.d_model,
       axis=(-2, -1),
@@ -175,12 +181,12 @@ class Block(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x, layer_cache, index, mask, angles):
+  def __call__(self, x, layer_cache, index, mask, angles, picked=None, span=None):
     norm = lambda name: RMSNorm(self.config.norm_eps, name=name)
     mixed, layer_cache = Attention(self.config, name="attn")(
-      norm("attn_norm")(x), layer_cache, index, mask, angles
+      norm("attn_norm")(x), layer_cache, index, mask, angles, picked, span
     )
-    x = constrain(x + mixed, "stream")
+    x = constrain(_pick(x, picked, span) + mixed, "stream")
     x = x + MLP(self.config, name="mlp")(norm("mlp_norm")(x))
     return constrain(x, "stream"), layer_cache
 
@@ -194,8 +200,10 @@ class Transformer(nn.Module):
     c = self.config
     self.embed = nn.Embed(c.vocab_size, c.d_model, dtype=c.compute.dtype, embedding_init=_normal())
     # Under a scan nothing but the scan could merge the two computations of a block.
-    block = nn.remat(Block, prevent_cse=not c.compute.scan_layers) if c.compute.remat else Block
-    if c.compute.scan_layers:
+    block, scans = Block, c.compute.scan_layers
+    if c.compute.remat:
+      block = nn.remat(Block, prevent_cse=not scans, static_argnums=() if scans else SPAN_ARGUMENT)
+    if scans:
       scanned = nn.scan(
         block,
         variable_axes={"params": 0},
@@ -216,6 +224,7 @@ class Transformer(nn.Module):
     cache: KVCache | None = None,
     first_block=0,
     branches=None,
+    columns: jax.Array | tuple[int, int] | None = None,
   ):
     """Runs T tokens of B rows, after those in `cache` if one is given.
 
@@ -227,10 +236,12 @@ class Transformer(nn.Module):
       first_block: blocks before this one have been run already.
       branches: [B, T] int32, parts of a segment that do not see each other (`types.py`); None: one.
         Not with a cache.
+      columns: those whose hidden states are wanted, [B, C] or (first, end); None: all. The last
+        block has queries and feed-forward for these alone.
 
     Returns:
-      Hidden states [B, T, D] in the compute dtype, and the cache with these tokens in it (None
-      where none was given).
+      Hidden states [B, T, D], or [B, C, D] of the columns, in the compute dtype, and the cache with
+      these tokens in it (None where none was given).
     """
     if cache is not None:
       written = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.index, axis=1)
@@ -239,7 +250,8 @@ class Transformer(nn.Module):
     mask = attention_mask(segments, keys, start, branches)
     angles = rotary(positions, self.config.head_dim, self.config.rope_base)
     x = inputs if first_block else self._embed(inputs)
-    x, keys_values = self._layers(x, cache, mask, angles, first_block, self.config.n_layers)
+    blocks = (first_block, self.config.n_layers)
+    x, keys_values = self._layers(x, cache, mask, angles, blocks, columns)
     if cache is not None:
       keys, values = keys_values
       cache = cache.replace(keys=keys, values=values, index=cache.index + segments.shape[1])
@@ -249,18 +261,21 @@ class Transformer(nn.Module):
     """The stream [B, T, D] after the first `blocks` blocks, to share between networks."""
     angles = rotary(positions, self.config.head_dim, self.config.rope_base)
     mask = attention_mask(segments, segments, 0)
-    return self._layers(self._embed(tokens), None, mask, angles, 0, blocks)[0]
+    return self._layers(self._embed(tokens), None, mask, angles, (0, blocks), None)[0]
 
-  def _layers(self, x, cache, mask, angles, first, stop):
-    """Blocks first .. stop - 1 in turn; returns the stream and their updated keys and values."""
+  def _layers(self, x, cache, mask, angles, blocks, columns):
+    """The blocks from one to another; returns the stream and their updated keys and values."""
     index = None if cache is None else cache.index
+    picked, span = (None, columns) if isinstance(columns, tuple) else (columns, None)
     if self.config.compute.scan_layers:
       layer_caches = None if cache is None else (cache.keys, cache.values)
-      return self.blocks(x, layer_caches, index, mask, angles)
+      x, updated = self.blocks(x, layer_caches, index, mask, angles)
+      return _pick(x, picked, span), updated
     updated = []
-    for i in range(first, stop):
+    for i in range(*blocks):
       layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
-      x, layer_cache = self.blocks[i](x, layer_cache, index, mask, angles)
+      last = (picked, span) if i == blocks[1] - 1 else (None, None)
+      x, layer_cache = self.blocks[i](x, layer_cache, index, mask, angles, *last)
       updated.append(layer_cache)
     return x, None if cache is None else tuple(zip(*updated))
 
@@ -275,6 +290,15 @@ class Transformer(nn.Module):
   def _table(self):
     """The embedding [V, D] in the compute dtype, its rows whole."""
     return constrain(self.embed.embedding.astype(self.config.compute.dtype), "table")
+
+
+def _pick(x: jax.Array, picked: jax.Array | None, span: tuple[int, int] | None) -> jax.Array:
+  """The columns of x [B, T, ...] at `picked` [B, C], or of a span, or all."""
+  if span is not None:
+    return x[:, slice(*span)]
+  if picked is not None:
+    return jnp.take_along_axis(x, picked.reshape(*picked.shape, *(1,) * (x.ndim - 2)), axis=1)
+  return x
 
 
 def _normal(n_layers: int | None = None):

@@ -1,6 +1,7 @@
 """The decoder and its checkpoints against transformers' Llama, on tiny random models."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from rlhf_jax import reward  # noqa: E402
 from rlhf_jax.generation import decode, sampling  # noqa: E402
 from rlhf_jax.networks import heads, pretrained  # noqa: E402
 from rlhf_jax.types import PromptBatch  # noqa: E402
@@ -157,9 +159,8 @@ def test_gradients_of_the_language_model_loss(
 
 def scalar_scores(config, params, tokens, mask):
   network = heads.ScalarNetwork(config)
-  apply = jax.jit(lambda params, *inputs: network.apply({"params": params}, *inputs))
-  values = apply(params, jnp.asarray(tokens), *heads.layout(jnp.asarray(mask)))
-  return heads.last_token(values, jnp.asarray(mask))
+  score = jax.jit(functools.partial(reward.score_sequences, network))
+  return score(params, jnp.asarray(tokens), jnp.asarray(mask))
 
 
 @pytest.mark.conformance("A15", "A16")

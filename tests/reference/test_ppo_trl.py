@@ -80,6 +80,7 @@ PPO = {
       "top_k": 0,
       "top_p": 1.0,
       "stop": None,
+      "compact_to": (),
     },
   },
   "eval_every": 1,
