@@ -1,12 +1,14 @@
-"""Policy, value and reward networks: one trunk, two heads.
+"""Policy, value, reward and moderation networks: one trunk, three heads.
 
 Each is used only through `init` and `apply`. A policy's parameters are {"trunk", "lm_head"} (no
-"lm_head" where the embedding is tied), a scalar network's {"trunk", "score"}. The trunks have the
-same tree, so a reward model starts from a policy, and a critic from a reward model, by copying it.
+"lm_head" where the embedding is tied), a scalar network's and a label network's {"trunk", "score"}.
+The trunks have the same tree, so a reward model starts from a policy, and a critic from a reward
+model, by copying it.
 """
 
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -68,6 +70,43 @@ class ScalarNetwork(nn.Module):
     """One float32 per token, [B, T]: what is known after reading the token."""
     hidden, _ = self.trunk(inputs, positions, segments, None, first_block, branches)
     return self.score(hidden)[..., 0]
+
+
+Pooling = Literal["mean", "last"]  # over all tokens of a text, or its last one
+
+
+class LabelNetwork(nn.Module):
+  """A trunk with `labels` numbers a text: the logits of a multi-label classifier."""
+
+  config: ModelConfig
+  labels: int  # C
+  pooling: Pooling
+
+  def setup(self):
+    self.trunk = Transformer(self.config)
+    init = nn.initializers.normal(0.02)
+    self.score = nn.Dense(self.labels, dtype=jnp.float32, kernel_init=init)
+
+  def __call__(self, inputs, positions, segments, first_block=0, slots: int = 1) -> jax.Array:
+    """Logits [B, M, C] float32 of the M = `slots` texts of a row, segments 1 .. M."""
+    hidden, _ = self.trunk(inputs, positions, segments, None, first_block)
+    return self.score(pool(hidden.astype(jnp.float32), segments, slots, self.pooling))
+
+  def stem(self, tokens, positions, segments, blocks: int) -> jax.Array:
+    """The stream [B, T, D] after the first blocks; see `shared_stem`."""
+    return self.trunk.stem(tokens, positions, segments, blocks)
+
+
+def pool(hidden: jax.Array, segments: jax.Array, slots: int, pooling: Pooling) -> jax.Array:
+  """hidden [B, T, D] as one vector a segment, [B, M, D]: 0 for a segment that has no token."""
+  inside = segments[:, :, None] == jnp.arange(1, slots + 1)[None, None]
+  if pooling == "last":
+    columns = jnp.arange(segments.shape[1])[None, :, None]
+    last = jnp.max(jnp.where(inside, columns, -1), axis=1)
+    inside = columns == last[:, None]
+  hidden = jnp.where(segments[..., None] > 0, hidden, 0.0)
+  weights = inside / jnp.maximum(jnp.sum(inside, axis=1, keepdims=True), 1)
+  return jnp.einsum("btd,btm->bmd", hidden, weights.astype(hidden.dtype))
 
 
 def init(network: nn.Module, key: jax.Array) -> Params:
