@@ -52,9 +52,7 @@ def evaluate(bench):
 
 def report(bench):
   """The moderator before and after reports."""
-  pool = data_lib.tweets(bench.config.reports.pool, bench.config.seed)
-  result = reports.study(bench, pool)
-  keep(bench, "reports", result, page.reports_table, page.reports_figure)
+  keep(bench, "reports", reports.study(bench), page.reports_table, page.reports_figure)
 
 
 def keep(bench, name, result, table, figure, *more):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.data import moderation as data_lib
 from rlhf_jax.data.moderation import CATEGORIES, ModerationExample, label_arrays, write_jsonl
 from rlhf_jax.moderation import calibration, folds, measures, rows
 from rlhf_jax.moderation.bench import Bench
@@ -40,15 +41,16 @@ def simulate(
   return [ModerationExample(pool[i].text, {category: 0}, "reports") for i in worst]
 
 
-def study(bench: Bench, pool: list[ModerationExample]) -> dict[str, Any]:
+def study(bench: Bench) -> dict[str, Any]:
   """The effect of the reports on the threshold curve of their category, as JSON.
 
-  The training texts are those of the evaluated source but for fold 0. `pool` is divided in halves,
-  near copies together; the reports are kept in workdir/reports/reports.jsonl.
+  The training texts are those of the evaluated source but for fold 0. The pool is divided in
+  halves, near copies together; the reports are kept in workdir/reports/reports.jsonl.
   """
   config, main = bench.config.reports, bench.config.data.evaluated
   c, fold = CATEGORIES.index(config.category), assign_folds(bench)[main]
   seen = {example.identity for example in bench.evaluated}
+  pool = data_lib.tweets(config.pool, bench.config.seed)
   pool = [example for example in pool if example.identity not in seen]
   groups = folds.groups([e.text for e in pool], bench.config.evaluation.near_duplicate)
   half = folds.assign(groups, 2, bench.config.seed)
