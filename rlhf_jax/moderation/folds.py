@@ -12,7 +12,6 @@ import numpy as np
 
 SHINGLE = 5  # characters
 BANDS, ROWS = 24, 4  # of hash functions; a pair of similarity 0.7 is missed once in 600
-PRIME = (1 << 61) - 1
 
 
 def shingles(text: str) -> frozenset[str]:
@@ -60,13 +59,15 @@ def assign(groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
 
 def _signatures(sets: Sequence[frozenset[str]]) -> np.ndarray:
   """MinHash signatures [n, BANDS * ROWS]."""
-  rng = np.random.default_rng(0)
-  multiply = rng.integers(1, 1 << 31, BANDS * ROWS, dtype=np.uint64) | np.uint64(1)
-  add = rng.integers(0, 1 << 31, BANDS * ROWS, dtype=np.uint64)
+  rng, full = np.random.default_rng(0), dict(high=1 << 64, size=BANDS * ROWS, dtype=np.uint64)
+  multiply, add = rng.integers(0, **full) | np.uint64(1), rng.integers(0, **full)
   names: dict[str, int] = {}
-  mixed = np.zeros((len(sets), BANDS * ROWS), np.uint64)
+  signatures = np.zeros((len(sets), BANDS * ROWS), np.uint64)
   for i, some in enumerate(sets):
     ids = np.array([names.setdefault(s, len(names) + 1) for s in sorted(some)], np.uint64)
-    ids = (ids * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)  # numbers in a row, scattered
-    mixed[i] = np.min((ids[:, None] * multiply[None] + add[None]) % np.uint64(PRIME), axis=0)
-  return mixed
+    ids = ids * np.uint64(0x9E3779B97F4A7C15)  # numbers in a row, scattered over 64 bits
+    ids ^= ids >> np.uint64(32)
+    # Multiply-shift: overflow is the modulus, and the upper half of the bits is the hash.
+    hashes = (ids[:, None] * multiply[None] + add[None]) >> np.uint64(32)
+    signatures[i] = np.min(hashes, axis=0)
+  return signatures

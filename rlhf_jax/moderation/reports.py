@@ -54,25 +54,26 @@ def study(bench: Bench) -> dict[str, Any]:
   pool = [example for example in pool if example.identity not in seen]
   groups = folds.groups([e.text for e in pool], bench.config.evaluation.near_duplicate)
   half = folds.assign(groups, 2, bench.config.seed)
+  pool_windows = bench.windows([example.text for example in pool])
+  windows = bench.windows([example.text for example in bench.evaluated])
   tests = {
-    "other half of the pool": [e for e, h in zip(pool, half) if h == 1],
-    f"held-out fold of {main}": [e for e, f in zip(bench.evaluated, fold) if f == 0],
+    "other half of the pool": (chosen(pool, half == 1), chosen(pool_windows, half == 1)),
+    f"held-out fold of {main}": (chosen(bench.evaluated, fold == 0), chosen(windows, fold == 0)),
   }
-  asked = [e for e, h in zip(pool, half) if h == 0]
-  train = {main: heads_of(bench, [e for e, f in zip(bench.evaluated, fold) if f != 0])}
+  asked = chosen(pool, half == 0)
+  train = {main: chosen(heads_of(bench, bench.evaluated), fold != 0)}
   weights = {main: 1.0, "reports": config.weight}
-  windows = {name: bench.windows([e.text for e in some]) for name, some in tests.items()}
 
   def measured(name: str, items: dict[str, list[rows.Item]], read=()) -> dict[str, Any]:
     def work():
       params = fit_items(bench, f"reports/{name}", items, weights, [])
-      found = {test: score(bench, params, some)[:, c].tolist() for test, some in windows.items()}
-      also = score(bench, params, bench.windows([e.text for e in read]))[:, c] if read else []
-      return {"tests": found, "pool": list(map(float, also))}
+      found = {test: score(bench, params, some)[:, c].tolist() for test, (_, some) in tests.items()}
+      also = score(bench, params, read)[:, c].tolist() if read else []
+      return {"tests": found, "pool": also}
 
     return done(bench.workdir / "reports" / name, work)
 
-  before = measured("before", train, asked)
+  before = measured("before", train, chosen(pool_windows, half == 0))
   reports = simulate(asked, np.array(before["pool"]), config.category, config.count)
   keep_reports(bench, reports)
   after = measured("after", {**train, "reports": heads_of(bench, reports)})
@@ -81,12 +82,16 @@ def study(bench: Bench) -> dict[str, Any]:
     "count": config.count,
     "pool": len(asked),
     "trained_on": len(train[main]),
-    "lowest_reported": min(sorted(before["pool"])[-config.count :]),
     "tests": {
       name: compare(some, before["tests"][name], after["tests"][name], config.category)
-      for name, some in tests.items()
+      for name, (some, _) in tests.items()
     },
   }
+
+
+def chosen(some: list, where: np.ndarray) -> list:
+  """The elements of `some` at which `where` [n] is true."""
+  return [some[i] for i in np.flatnonzero(where)]
 
 
 def keep_reports(bench: Bench, reports: list[ModerationExample]) -> None:
