@@ -128,7 +128,7 @@ def smollm2(config: ConfigDict) -> None:
     ),
   )
   config.fit.update(
-    num_epochs=3,
+    num_epochs=2,
     batch_size=4,
     frozen=(r"trunk/embed/", r"trunk/block_(\d|1[0-3])/"),
     optim=optim(3e-4, weight_decay=0.1),
