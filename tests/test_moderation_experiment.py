@@ -1,18 +1,25 @@
 """experiments/moderate.py at its smallest size, and what reports of false positives do."""
 
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
 import runs
+import tiny
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import launch, moderation
+from rlhf_jax.data import moderation as data_lib
 from rlhf_jax.data.moderation import CATEGORIES, LETTERS, ModerationExample
 from rlhf_jax.moderation import bench as bench_lib
-from rlhf_jax.moderation import measures, page, reports, study
+from rlhf_jax.moderation import fitting, measures, page, reports, study
+from rlhf_jax.moderation.calibration import Platt, Threshold
 from rlhf_jax.moderation.config import ModerationConfig
+from rlhf_jax.networks import heads
+from rlhf_jax.training import checkpoint
+from rlhf_jax.types import UserError
 
 FILE = runs.ROOT / "configs/moderation.py"
 FILLER = "the cat sat on a mat by the old river while birds sang all day long".split()
@@ -112,7 +119,7 @@ def test_every_text_is_scored_by_a_fold_that_has_not_seen_its_like(workdir, fold
     assert kept == [e.identity for e, f in zip(bench.evaluated, fold) if f == number]
   near = [ModerationExample(e.text + "!", {"hate": 0}, "r") for e in bench.evaluated[:20]]
   apart = [ModerationExample("nothing like any of the others, 0123456789", {"hate": 0}, "r")]
-  both = bench_lib.dataclasses.replace(bench, examples={**bench.examples, "reports": near + apart})
+  both = dataclasses.replace(bench, examples={**bench.examples, "reports": near + apart})
   assigned = study.assign_folds(both)
   assert assigned["reports"][:20].tolist() == assigned["samples"][:20].tolist()
   assert assigned["reports"][20] == -1
@@ -124,7 +131,7 @@ def test_every_text_is_scored_by_a_fold_that_has_not_seen_its_like(workdir, fold
 @pytest.fixture(scope="module")
 def reported(folder, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("reports")
-  more = {**EIGHT, "fit.num_epochs": "40", "fit.optim.learning_rate": "1e-2"}
+  more = {**EIGHT, "fit.num_epochs": "15", "fit.optim.learning_rate": "2e-2"}
   run(*arguments(folder, workdir, "--study=reports", **more))
   return workdir
 
@@ -152,8 +159,6 @@ def test_the_reports_are_the_highest_scored_innocents_and_can_be_trained_on(repo
     config.data.reports = section
     config.data.weights = dict(samples=1.0, reports=0.1)
   built = config_lib.build(ModerationConfig, config)
-  from rlhf_jax.data import moderation as data_lib
-
   found = data_lib.load(built.data, 0)["reports"]
   assert len(found) == 4 and all(dict(e.labels) == {"hate": 0} for e in found)
   pool = [ModerationExample(f"t {i}", {"hate": int(i % 2)}, "p") for i in range(10)]
@@ -173,6 +178,52 @@ def test_lower_scores_of_innocents_move_the_curve_and_unknown_texts_do_not():
   assert found["before"]["auprc"] < found["after"]["auprc"] == 1.0
   assert found["before"]["at_recall"][-1]["false_positive_rate"] == 5 / 15
   assert found["after"]["at_recall"][-1]["false_positive_rate"] == 0.0
+
+
+def test_a_report_about_a_sample_corrects_it(folder, tmp_path):
+  config = config_lib.load(f"{FILE}:tiny", overrides(folder))
+  before = data_lib.load(config_lib.build(ModerationConfig, config).data, 0)["samples"]
+  wrong = next(e for e in before if e.labels.get("hate") == 1)
+  report = ModerationExample(wrong.text, {"hate": 0}, "reports")
+  (tmp_path / "reports.jsonl").write_text(data_lib.write_jsonl([report]))
+  with config.unlocked():
+    config.data.reports = dict(paths=[str(tmp_path / "reports.jsonl")], on_malformed="error")
+    config.data.weights = dict(samples=1.0, reports=0.1)
+  after = data_lib.load(config_lib.build(ModerationConfig, config).data, 0)["samples"]
+  changed = [(a, b) for a, b in zip(before, after) if a.labels != b.labels]
+  assert [b.identity for _, b in changed] == [wrong.identity]
+  assert dict(changed[0][1].labels) == {**wrong.labels, "hate": 0}
+
+
+# Starting from a model that is there.
+
+
+def test_a_runs_policy_becomes_the_trunk_and_its_frozen_blocks_run_once(folder, tmp_path):
+  more = {**EIGHT, "trunk.model.n_layers": "2", "trunk.blocks": "1"}
+  more |= {"trunk.checkpoint": str(tmp_path / "policy"), "fit.num_epochs": "1"}
+  more |= {"fit.frozen": "(r'trunk/embed/', r'trunk/block_0/')"}
+  config = config_lib.load(f"{FILE}:tiny", overrides(folder, **more))
+  built = config_lib.build(ModerationConfig, config)
+  policy = tiny.params(heads.Policy(built.trunk.model), 0)
+  about = {"model": config_lib.to_dict(built.trunk.model), "template": "plain"}
+  checkpoint.save_params(tmp_path / "policy", policy, about)
+  bench = bench_lib.start(config, tmp_path / "work")
+  assert bench.stem == 1 and sorted(bench.trunk) == ["block_0", "embed", "final_norm"]
+  tiny.assert_trees_close(bench.trunk["block_0"], policy["trunk"]["block_0"], rtol=0)
+  rule = (Platt(1.0, 0.0, 9, 9, "fitted"), Threshold(0.5, "test"))
+  made = study.train_moderator(bench, [rule] * len(CATEGORIES))
+  tiny.assert_trees_close(made.params["trunk"]["block_0"], policy["trunk"]["block_0"], rtol=0)
+  assert np.any(made.params["trunk"]["final_norm"]["scale"] != bench.trunk["final_norm"]["scale"])
+  (kept,) = (tmp_path / "work/streams").iterdir()
+  written = kept.stat().st_mtime_ns
+  texts = [e.text for e in bench.evaluated]
+  by_stream = fitting.score(bench, made.params, bench.windows(texts))
+  assert kept.stat().st_mtime_ns == written
+  np.testing.assert_allclose(by_stream, made.logits(texts), rtol=1e-4, atol=1e-5)
+  wrong = {**more, "trunk.model.d_ff": "64"}
+  config = config_lib.load(f"{FILE}:tiny", overrides(folder, **wrong))
+  with pytest.raises(UserError, match="other sizes.*d_ff: 32 -> 64"):
+    bench_lib.start(config, tmp_path / "other")
 
 
 def test_a_category_without_a_positive_is_a_dash_in_the_table_and_null_in_json(tmp_path):

@@ -98,6 +98,8 @@ class ModerationDataConfig:
 def load(config: ModerationDataConfig, seed: int) -> dict[str, list[ModerationExample]]:
   """The examples of each source in use.
 
+  What people reported of a text stands over what another source says of it.
+
   Raises:
     UserError: a file that is missing or cannot be read, or a malformed item where `on_malformed`
       is "error", with its place.
@@ -114,7 +116,9 @@ def load(config: ModerationDataConfig, seed: int) -> dict[str, list[ModerationEx
       found[name] = list(merge(read(section, PARSERS[name])))
     if not found[name]:
       raise UserError(f"config data.{name}: no example in {', '.join(section.paths)}.")
-  return found
+  reported = {example.identity: example.labels for example in found.get("reports", ())}
+  correct = lambda e: dataclasses.replace(e, labels={**e.labels, **reported.get(e.identity, {})})
+  return {name: list(map(correct, some)) for name, some in found.items()}
 
 
 def read(

@@ -17,6 +17,7 @@ from rlhf_jax.moderation import calibration, folds, measures, rows
 from rlhf_jax.moderation.bench import Bench
 from rlhf_jax.moderation.fitting import done, fit_items, score
 from rlhf_jax.moderation.study import assign_folds, heads_of
+from rlhf_jax.parallel import hosts
 from rlhf_jax.training import files
 from rlhf_jax.types import UserError
 
@@ -96,7 +97,8 @@ def chosen(some: list, where: np.ndarray) -> list:
 
 def keep_reports(bench: Bench, reports: list[ModerationExample]) -> None:
   """Writes the reports as a file that `data.reports` of a config reads."""
-  files.write_text_atomic(bench.workdir / "reports" / "reports.jsonl", write_jsonl(reports))
+  if hosts.is_first():
+    files.write_text_atomic(bench.workdir / "reports" / "reports.jsonl", write_jsonl(reports))
 
 
 def compare(
