@@ -6,8 +6,8 @@
 Data and weights are looked for in the folders that the environment variables RLHF_JAX_DATA and
 RLHF_JAX_WEIGHTS name ("data" and "weights" without them); docs/moderation.md says what goes there.
 
-Arguments: none trains a small model from scratch; `smollm2` trains two blocks on the frozen lower
-half of SmolLM2-135M-Instruct; `tiny` runs everything in seconds, for tests; it learns next to
+Arguments: none trains a small model from scratch; `smollm2` trains a norm and a linear head on the
+frozen lower half of SmolLM2-135M-Instruct; `tiny` runs everything in seconds, for tests; it learns next to
 nothing. docs/moderation.md has the run times and what comes of each.
 """
 
@@ -66,7 +66,7 @@ def small() -> ConfigDict:
     ),
   )
   config.fit = dict(
-    num_epochs=10,
+    num_epochs=3,  # ten remember the texts: loss 0.00 in training, 0.35 held out after 0.23
     batch_size=8,  # rows
     micro_batches=1,
     sequence_length=512,  # tokens; nine samples in ten are shorter
@@ -101,17 +101,18 @@ def small() -> ConfigDict:
 
 
 def smollm2(config: ConfigDict) -> None:
-  """Two blocks and the head on what the lower blocks of a pretrained model make of a text.
+  """A linear classifier on what the lower blocks of a pretrained model make of a text.
 
-  Of a linear classifier on each layer's mean, that on block 14 to 18 was best; the upper blocks
-  turn to the next token.
+  Of the means after every fourth block, those of blocks 14 to 18 were the best; the upper blocks
+  turn to the next token. Two blocks trained on top of 14 frozen ones were no better, at ten times
+  the cost.
   """
   gguf = str(WEIGHTS / "SmolLM2-135M-Instruct.Q4_1.gguf")
   config.trunk = dict(
     checkpoint=gguf,
     tokenizer=gguf,
     vocab_size=1,
-    blocks=16,
+    blocks=14,
     pooling="mean",
     model=dict(  # as its checkpoint says
       vocab_size=49_152,
@@ -128,10 +129,10 @@ def smollm2(config: ConfigDict) -> None:
     ),
   )
   config.fit.update(
-    num_epochs=2,
     batch_size=4,
-    frozen=(r"trunk/embed/", r"trunk/block_(\d|1[0-3])/"),
-    optim=optim(3e-4, weight_decay=0.1),
+    num_epochs=10,
+    frozen=(r"trunk/embed/", r"trunk/block_"),
+    optim=optim(3e-3, weight_decay=0.1),
   )
 
 

@@ -136,7 +136,7 @@ def test_a_fresh_head_says_the_base_rates(params):
 
 
 @pytest.mark.conformance("A16", "B4")
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "last", "max"])
 def test_neighbours_padding_and_order_change_no_logit(pooling):
   network = heads.LabelNetwork(tiny.MODEL, C, pooling)
   params = tiny.params(network, 1)
@@ -150,7 +150,8 @@ def test_neighbours_padding_and_order_change_no_logit(pooling):
       np.testing.assert_allclose(apply(alone)[0, 0], together[row, slot], rtol=1e-4, atol=1e-5)
   hidden = np.random.default_rng(0).normal(size=(1, 4, 3)).astype(np.float32)
   pooled = heads.pool(hidden, np.array([[1, 1, 2, 0]]), 3, pooling)[0]
-  expected = hidden[0, :2].mean(axis=0) if pooling == "mean" else hidden[0, 1]
+  two = hidden[0, :2]
+  expected = {"mean": two.mean(axis=0), "last": two[1], "max": two.max(axis=0)}[pooling]
   np.testing.assert_allclose(pooled, [expected, hidden[0, 2], np.zeros(3)], rtol=1e-6)
 
 

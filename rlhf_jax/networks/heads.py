@@ -6,6 +6,7 @@ The trunks have the same tree, so a reward model starts from a policy, and a cri
 model, by copying it.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Literal
@@ -72,7 +73,8 @@ class ScalarNetwork(nn.Module):
     return self.score(hidden)[..., 0]
 
 
-Pooling = Literal["mean", "last"]  # over all tokens of a text, or its last one
+# Over all tokens of a text, at its last one, or the largest of each component over its tokens.
+Pooling = Literal["mean", "last", "max"]
 
 
 class LabelNetwork(nn.Module):
@@ -99,12 +101,16 @@ class LabelNetwork(nn.Module):
 
 def pool(hidden: jax.Array, segments: jax.Array, slots: int, pooling: Pooling) -> jax.Array:
   """hidden [B, T, D] as one vector a segment, [B, M, D]: 0 for a segment that has no token."""
+  hidden = jnp.where(segments[..., None] > 0, hidden, 0.0)
   inside = segments[:, :, None] == jnp.arange(1, slots + 1)[None, None]
+  if pooling == "max":
+    of_row = functools.partial(jax.ops.segment_max, num_segments=slots + 1)
+    largest = jax.vmap(of_row)(hidden, segments)[:, 1:]
+    return jnp.where(jnp.any(inside, axis=1)[..., None], largest, 0.0)
   if pooling == "last":
     columns = jnp.arange(segments.shape[1])[None, :, None]
     last = jnp.max(jnp.where(inside, columns, -1), axis=1)
     inside = columns == last[:, None]
-  hidden = jnp.where(segments[..., None] > 0, hidden, 0.0)
   weights = inside / jnp.maximum(jnp.sum(inside, axis=1, keepdims=True), 1)
   return jnp.einsum("btd,btm->bmd", hidden, weights.astype(hidden.dtype))
 
