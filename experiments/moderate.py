@@ -8,6 +8,10 @@ The first fits a classifier for each fold and one to all texts, and leaves in wo
 beside it; and the moderator, for `rlhf_jax.moderation.load`: `moderator/`, `tokenizer/` and
 `thresholds.json`. The second leaves `reports.{json,md,png}`: the threshold curve before and after
 50 simulated reports of false positives. A killed run goes on where it was.
+
+On two CPU cores the default takes 1.4 minutes and gets a mean AUPRC of 0.36 (from scratch, on a
+thousand texts: TF-IDF gets 0.49), configs/moderation.py:smollm2 3.4 minutes and 0.53; the study of
+reports 0.7 and 3.5 minutes. docs/moderation.md has the tables.
 """
 
 from rlhf_jax import launch

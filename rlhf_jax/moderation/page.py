@@ -73,7 +73,7 @@ def evaluation_figure(curves: dict[str, Curve], result: dict[str, Any]) -> Figur
     ax.step(curve.recall, curve.precision, where="post", color=COLORS["after"])
     if part["prevalence"] is not None:
       ax.axhline(part["prevalence"], color=COLORS["before"], linestyle=":")
-    ax.set_title(f"{name}: {fixed(part['auprc'])}, {part['positives']} positives")
+    ax.set_title(f"{name}: {fixed(part['auprc'])}, {part['positives']} positives", fontsize=8.5)
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
   return made
 

@@ -155,4 +155,4 @@ def trunk_name(bench: Bench) -> str:
   """What the classifier stands on, in words."""
   sizes, path = bench.network.config, bench.config.trunk.checkpoint
   begun = "random parameters" if path is None else path.rstrip("/").rpartition("/")[2]
-  return f"{begun}, {sizes.n_layers} blocks of width {sizes.d_model}, {bench.stem} of them frozen"
+  return f"{begun}, width {sizes.d_model}, blocks {sizes.n_layers}, of them frozen {bench.stem}"
