@@ -1,12 +1,15 @@
-"""Policy, value and reward networks: one trunk, two heads.
+"""Policy, value, reward and moderation networks: one trunk, three heads.
 
 Each is used only through `init` and `apply`. A policy's parameters are {"trunk", "lm_head"} (no
-"lm_head" where the embedding is tied), a scalar network's {"trunk", "score"}. The trunks have the
-same tree, so a reward model starts from a policy, and a critic from a reward model, by copying it.
+"lm_head" where the embedding is tied), a scalar network's and a label network's {"trunk", "score"}.
+The trunks have the same tree, so a reward model starts from a policy, and a critic from a reward
+model, by copying it.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -72,6 +75,48 @@ class ScalarNetwork(nn.Module):
     """One float32 per token, [B, T], or of some columns: what is known after reading the token."""
     hidden, _ = self.trunk(inputs, positions, segments, None, first_block, branches, columns)
     return self.score(hidden)[..., 0]
+
+
+# Over all tokens of a text, at its last one, or the largest of each component over its tokens.
+Pooling = Literal["mean", "last", "max"]
+
+
+class LabelNetwork(nn.Module):
+  """A trunk with `labels` numbers a text: the logits of a multi-label classifier."""
+
+  config: ModelConfig
+  labels: int  # C
+  pooling: Pooling
+
+  def setup(self):
+    self.trunk = Transformer(self.config)
+    init = nn.initializers.normal(0.02)
+    self.score = nn.Dense(self.labels, dtype=jnp.float32, kernel_init=init)
+
+  def __call__(self, inputs, positions, segments, first_block=0, slots: int = 1) -> jax.Array:
+    """Logits [B, M, C] float32 of the M = `slots` texts of a row, segments 1 .. M."""
+    hidden, _ = self.trunk(inputs, positions, segments, None, first_block)
+    return self.score(pool(hidden.astype(jnp.float32), segments, slots, self.pooling))
+
+  def stem(self, tokens, positions, segments, blocks: int) -> jax.Array:
+    """The stream [B, T, D] after the first blocks; see `shared_stem`."""
+    return self.trunk.stem(tokens, positions, segments, blocks)
+
+
+def pool(hidden: jax.Array, segments: jax.Array, slots: int, pooling: Pooling) -> jax.Array:
+  """hidden [B, T, D] as one vector a segment, [B, M, D]: 0 for a segment that has no token."""
+  hidden = jnp.where(segments[..., None] > 0, hidden, 0.0)
+  inside = segments[:, :, None] == jnp.arange(1, slots + 1)[None, None]
+  if pooling == "max":
+    of_row = functools.partial(jax.ops.segment_max, num_segments=slots + 1)
+    largest = jax.vmap(of_row)(hidden, segments)[:, 1:]
+    return jnp.where(jnp.any(inside, axis=1)[..., None], largest, 0.0)
+  if pooling == "last":
+    columns = jnp.arange(segments.shape[1])[None, :, None]
+    last = jnp.max(jnp.where(inside, columns, -1), axis=1)
+    inside = columns == last[:, None]
+  weights = inside / jnp.maximum(jnp.sum(inside, axis=1, keepdims=True), 1)
+  return jnp.einsum("btd,btm->bmd", hidden, weights.astype(hidden.dtype))
 
 
 def init(network: nn.Module, key: jax.Array) -> Params:
