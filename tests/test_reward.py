@@ -17,7 +17,14 @@ from rlhf_jax.training import optim
 T = 9
 TABLE = jnp.arange(tiny.MODEL.vocab_size, dtype=jnp.float32) / 4.0
 # A "network" whose value is a table over tokens: the score of an answer is that of its last token.
-LOOKUP = SimpleNamespace(apply=lambda variables, tokens, *_, branches: variables["params"][tokens])
+
+
+def look_up(variables, tokens, *_, branches, columns):
+  """A network that gives every id a score of its own."""
+  return jnp.take_along_axis(variables["params"][tokens], columns, axis=1)
+
+
+LOOKUP = SimpleNamespace(apply=look_up)
 
 
 def ranking_batch(prompts, ranks, rows=7, width=9):
@@ -82,9 +89,9 @@ def test_a_prompt_with_nine_answers_weighs_as_much_as_one_with_four():
 def test_each_answer_goes_forward_once_and_all_in_one_call():
   shapes = []
 
-  def apply(variables, tokens, *_, branches):
+  def apply(variables, tokens, *inputs, **options):
     shapes.append(tokens.shape)
-    return variables["params"][tokens]
+    return look_up(variables, tokens, *inputs, **options)
 
   batch = ranking_batch([[[2], [3], [4], [5]]] * 3, [range(4)] * 3, rows=3, width=4)
   scores = jax.jit(lambda b: reward.loss(SimpleNamespace(apply=apply), TABLE, b)[1])(batch)
