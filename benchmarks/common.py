@@ -69,23 +69,32 @@ class Networks:
 
 def networks(name: str, folder: str | None, **compute) -> Networks:
   """The networks of a model, with the weights of `folder` if one is given."""
+  from rlhf_jax.networks import pretrained
+
+  found = random_networks(MODELS[name], **compute)
+  if folder is None:
+    return found
+  config = found.policy.config
+  load = lambda suffix: pretrained.load_as(config, pathlib.Path(folder) / f"{name}{suffix}")
+  return dataclasses.replace(found, policy_params=load(""), reward_params=load("-rm"))
+
+
+def random_networks(sizes: tuple, **compute) -> Networks:
+  """Networks of these sizes, in the order of `MODELS`, with random weights."""
   import jax
 
-  from rlhf_jax.networks import heads, pretrained
+  from rlhf_jax.networks import heads
   from rlhf_jax.networks.transformer import ComputeConfig, ModelConfig
 
-  V, D, L, N, G, F, tied = MODELS[name]
+  V, D, L, N, G, F, tied = sizes
   compute = (
     dict(dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto")
     | compute
   )
   config = ModelConfig(V, D, L, N, G, D // N, F, 10_000.0, 1e-5, tied, ComputeConfig(**compute))
   policy, scalar = heads.Policy(config), heads.ScalarNetwork(config)
-  if folder is None:
-    init = lambda network, seed: jax.jit(lambda key: heads.init(network, key))(jax.random.key(seed))
-    return Networks(policy, scalar, init(policy, 0), init(scalar, 1))
-  load = lambda suffix: pretrained.load_as(config, pathlib.Path(folder) / f"{name}{suffix}")
-  return Networks(policy, scalar, load(""), load("-rm"))
+  init = lambda network, seed: jax.jit(lambda key: heads.init(network, key))(jax.random.key(seed))
+  return Networks(policy, scalar, init(policy, 0), init(scalar, 1))
 
 
 def devices_for(rows: int) -> int:

@@ -33,22 +33,30 @@ def main():
   networks = common.networks(
     given.model, given.models, dtype=given.dtype, remat=given.remat, scan_layers=given.scan
   )
-  config, mesh = networks.policy.config, common.mesh_of(common.devices_for(B))
-  optimizer = optim.make(common.adamw(1e-4, clip_norm=1.0), 1_000_000)
-  state = rules.place(sft.init(networks.policy_params, optimizer), mesh)
-  step = functools.partial(sft.step, policy=networks.policy, optimizer=optimizer, micro_batches=1)
-  step = rules.compile_step(step, state, mesh)
-  ids = np.random.default_rng(0).integers(common.FIRST_ID, config.vocab_size, (B, T), np.int32)
-  whole, columns = np.ones_like(ids), np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-  batch = TokenBatch(ids, whole, columns, whole.astype(np.float32))
-  batch = mesh_lib.put_batch(mesh, batch)
-  found = common.measure_step(lambda state: step(state, batch, {}), state, given.repeats)
+  config = networks.policy.config
+  step, state = begin(networks, B, T)
+  found = common.measure_step(step, state, given.repeats)
   limits = common.limits()
   bound = B * T * limits["flops"] / (3 * common.forward_flops(config, B, T, T))
   found |= common.rates(found.pop("repetitions"), B * T, "tokens/s")
   found |= {"bound": bound, "share": found["rate"]["median"] / bound, "limits": limits}
   about = {"kind": "sft", "peer": "rlhf_jax", "model": given.model, "batch": B, "seq": T}
   common.report(given.out, about | {"dtype": given.dtype} | found)
+
+
+def begin(networks, B, T):
+  """`state -> (state, metrics)` on B rows of T random tokens, and the first state."""
+  mesh = common.mesh_of(common.devices_for(B))
+  optimizer = optim.make(common.adamw(1e-4, clip_norm=1.0), 1_000_000)
+  state = rules.place(sft.init(networks.policy_params, optimizer), mesh)
+  step = functools.partial(sft.step, policy=networks.policy, optimizer=optimizer, micro_batches=1)
+  step = rules.compile_step(step, state, mesh)
+  V = networks.policy.config.vocab_size
+  ids = np.random.default_rng(0).integers(common.FIRST_ID, V, (B, T), np.int32)
+  whole, columns = np.ones_like(ids), np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+  batch = TokenBatch(ids, whole, columns, whole.astype(np.float32))
+  batch = mesh_lib.put_batch(mesh, batch)
+  return lambda state: step(state, batch, {}), state
 
 
 if __name__ == "__main__":

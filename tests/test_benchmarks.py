@@ -54,6 +54,18 @@ def test_a_step_that_is_timed_is_one_that_learns(name, sizes, unit):
   assert found["metrics"][f"{name}/grad_norm"] > 0
 
 
+def test_growth_is_fitted_beside_theory():
+  found = run("growth", "--shrink=8")
+  assert {row["axis"] for row in found["runs"]} == {"batch", "length", "width", "depth"}
+  for row in found["runs"]:
+    assert len(row["seconds"]) == len(row["sizes"]) and row["theory"] > 0
+
+
+def test_exponents_are_those_of_a_power(benchmark):
+  growth = benchmark("growth")
+  assert growth.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+
+
 def test_an_iteration_of_ppo_is_split_into_its_phases():
   found = run("ppo", "--episodes=4", "--prompt=4", "--response=4", "--minibatches=2")
   seconds = found["breakdown_seconds"]
