@@ -12,11 +12,11 @@ import common
 if __name__ == "__main__":
   common.prepare()
 
+import functools
 import sys
 import types
 
 import generate
-import jax
 import numpy as np
 import sft
 
@@ -40,18 +40,20 @@ BASE = {
 }
 PROMPT = 32  # tokens before what is generated
 VOCABULARY, HEAD = 4_096, 32
+random_networks = functools.cache(common.random_networks)
 
 
 def main():
   given = common.arguments(
     __doc__,
     workloads=("generate,sft", "which"),
+    axes=("batch,length,width,depth", "what is stretched"),
     shrink=(1, "divides every size but the head's, to try the program out"),
   )
   rows = []
   for workload in given.workloads.split(","):
-    for axis, sizes in SIZES[workload].items():
-      points = [BASE[workload] | {axis: size} for size in sizes]
+    for axis in given.axes.split(","):
+      points = [BASE[workload] | {axis: size} for size in SIZES[workload][axis]]
       points = [{name: max(n // given.shrink, 1) for name, n in p.items()} for p in points]
       rows.append(stretch(workload, axis, points, given.repeats))
       sys.stderr.write(line(rows[-1]) + "\n")
@@ -80,14 +82,13 @@ def network(point) -> common.Networks:
   """Random weights; heads grow with the width, and the feed-forward width is 2.7 times it."""
   D = max(point["width"] // HEAD, 1) * HEAD
   sizes = (VOCABULARY, D, point["depth"], D // HEAD, D // HEAD, 688 * D // 256, False)
-  return common.random_networks(sizes)
+  return random_networks(sizes)
 
 
 def seconds_to_generate(networks, point, repeats) -> float:
   """The median time of a call."""
   how = types.SimpleNamespace(eos=False, compact="", repeats=repeats)
   found = generate.measure(networks, point["batch"], PROMPT, point["length"], how)
-  jax.clear_caches()
   return found["seconds"]["median"]
 
 
@@ -95,7 +96,6 @@ def seconds_of_a_step(networks, point, repeats) -> float:
   """The median time of an SFT step."""
   step, state = sft.begin(networks, point["batch"], point["length"])
   found = common.measure_step(step, state, repeats)
-  jax.clear_caches()
   return common.rates(found["repetitions"], 1.0, "steps/s")["seconds"]["median"]
 
 

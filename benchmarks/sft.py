@@ -12,6 +12,8 @@ if __name__ == "__main__":
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import sft
@@ -48,7 +50,8 @@ def begin(networks, B, T):
   """`state -> (state, metrics)` on B rows of T random tokens, and the first state."""
   mesh = common.mesh_of(common.devices_for(B))
   optimizer = optim.make(common.adamw(1e-4, clip_norm=1.0), 1_000_000)
-  state = rules.place(sft.init(networks.policy_params, optimizer), mesh)
+  own = jax.tree.map(jnp.copy, networks.policy_params)  # the state is donated
+  state = rules.place(sft.init(own, optimizer), mesh)
   step = functools.partial(sft.step, policy=networks.policy, optimizer=optimizer, micro_batches=1)
   step = rules.compile_step(step, state, mesh)
   V = networks.policy.config.vocab_size
