@@ -187,12 +187,10 @@ def gate(engine, monkeypatch):
   serving_cases.until(lambda: engine.status().busy == engine.status().waiting == 0)
 
 
-def endless(seed=0):
+def endless():
   """A request whose answer does not end by itself."""
-  for seed in range(seed, seed + 100):
-    if alone(Request(HELLO, seed=seed)).finish_reason == "length":
-      return Request(HELLO, seed=seed)
-  raise AssertionError("every answer ends early")
+  requests = (Request(HELLO, seed=seed) for seed in range(100))
+  return next(request for request in requests if alone(request).finish_reason == "length")
 
 
 def test_a_full_queue_refuses_at_once_and_the_order_is_that_of_coming(engine, gate):

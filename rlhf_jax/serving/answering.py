@@ -87,7 +87,7 @@ class Work:
       "system_fingerprint": self.filter.context.policy,
       "choices": choices,
       **more,
-      **({"moderation": self.filter.actions} if self.filter.is_on else {}),
+      **({"filter": self.filter.actions} if self.filter.is_on else {}),
     }
 
 
