@@ -247,26 +247,26 @@ def slow(engine, monkeypatch, seconds=0.1):
 
 def test_closing_a_stream_frees_the_slot(client, at, monkeypatch):
   ended = []
-  at.engine.on_end.append(ended.append)
+  at.engine.on_end.append(note := lambda answer, reason: ended.append(answer))
   with slow(at.engine, monkeypatch):
     stream = chat(client, seed=endless(), stream=True)
     next(part for part in stream if part.choices[0].delta.content)
     assert at.engine.status().busy == 1
     stream.close()
     serving_cases.until(lambda: at.is_idle)
-  at.engine.on_end.remove(ended.append)
+  at.engine.on_end.remove(note)
   assert [answer.reason for answer in ended] == ["cancelled"]
   assert ended[0].drawn < ROOM.max_new_tokens
 
 
 def test_hanging_up_on_a_whole_answer_frees_the_slots(at, monkeypatch):
   ended = []
-  at.engine.on_end.append(ended.append)
+  at.engine.on_end.append(note := lambda answer, reason: ended.append(answer))
   body = {"model": "tiny", "messages": MESSAGES, "seed": endless()}
   with slow(at.engine, monkeypatch), pytest.raises(httpx.ReadTimeout):
     httpx.post(f"{at.url}/v1/chat/completions", json=body, timeout=0.25)
   serving_cases.until(lambda: at.is_idle)
-  at.engine.on_end.remove(ended.append)
+  at.engine.on_end.remove(note)
   assert [answer.reason for answer in ended] == ["cancelled"]
 
 
@@ -549,7 +549,7 @@ def filtered(engine, folder, **words):
 def test_a_blocked_message_is_not_answered_and_its_verdict_is_stored(engine, tmp_path):
   with filtered(engine, tmp_path, mat="block") as (at, client, _):
     drawn = []
-    engine.on_end.append(drawn.append)
+    engine.on_end.append(note := lambda answer, reason: drawn.append(answer))
     say = [{"role": "user", "content": "the mat"}]
     done = chat(client, messages=say)
     assert done.choices[0].message.content == NOTICE
@@ -557,7 +557,7 @@ def test_a_blocked_message_is_not_answered_and_its_verdict_is_stored(engine, tmp
     parts = list(chat(client, messages=say, stream=True))
     assert "".join(p.choices[0].delta.content or "" for p in parts) == NOTICE
     assert parts[-1].choices[0].finish_reason == "content_filter"
-    engine.on_end.remove(drawn.append)
+    engine.on_end.remove(note)
     assert not drawn
     verdict = at.context.store.records(records.Verdict)[0]
     assert (verdict.text, verdict.direction, verdict.action) == ("the mat", "input", "block")

@@ -195,7 +195,7 @@ def endless():
 
 def test_a_full_queue_refuses_at_once_and_the_order_is_that_of_coming(engine, gate):
   ended = []
-  engine.on_end.append(ended.append)
+  engine.on_end.append(note := lambda answer, reason: ended.append(answer))
   first = engine.submit(endless())
   assert gate.held.wait(30)  # it has a slot, and the device is busy
   waiting = [engine.submit(Request(HELLO, 1, seed=i)) for i in range(ROOM.queue)]
@@ -206,7 +206,7 @@ def test_a_full_queue_refuses_at_once_and_the_order_is_that_of_coming(engine, ga
   serving_cases.until(lambda: len(ended) == ROOM.queue + 1)
   ended.remove(first)
   assert ended == waiting
-  engine.on_end.remove(ended.append)
+  engine.on_end.remove(note)
 
 
 def test_cancelling_frees_the_slot_and_the_place_in_the_queue(engine, gate):
