@@ -3,9 +3,10 @@
   python benchmarks/serve.py --model=tiny [--clients=200] [--slots=32] [--columns=4]
     [--prompt=64] [--response=64]
 
-Every client is a connection to a server on loopback and reads its stream to the end; answers are
-whole texts, compared between the two ways. Weights are random, and an answer ends early where the
-EOS is drawn. Seconds are those that clients see: HTTP, JSON and the text of the tokens included.
+Every client is a connection to a server on loopback and reads its stream to the end. One at a time
+is on a server of one slot, the fastest for that; answers are compared between the two. Weights are
+random, and an answer ends early where the EOS is drawn. Seconds are those that clients see: HTTP,
+JSON and the text of the tokens included.
 """
 
 import common
@@ -14,6 +15,7 @@ if __name__ == "__main__":
   common.prepare()
 
 import asyncio
+import contextlib
 import json
 import pathlib
 import sys
@@ -54,8 +56,6 @@ def main():
     words(vocabulary),
     dialogue.VILLAGE,
   )
-  room = engine_lib.Room(given.slots, given.clients, given.columns, given.prompt, given.response)
-  engine = engine_lib.start(loaded, room)
   draw = np.random.default_rng(0)
   bodies = [
     {
@@ -68,11 +68,10 @@ def main():
     }
     for seed in range(given.clients)
   ]
-  with tempfile.TemporaryDirectory() as folder:
-    with Store.open(f"{folder}/records.sqlite", create=True) as store:
-      app = create_app(Context(engine, store, None, None), Settings())
-      found = measure(app, bodies, given.repeats)
-  engine.stop(grace=0.0)
+  room = lambda slots: engine_lib.Room(
+    slots, given.clients, given.columns, given.prompt, given.response
+  )
+  found = measure(loaded, room(given.slots), room(1), bodies, given.repeats)
   for name, row in (found["at_once"] | {"alone": found["alone"]}).items():
     sys.stderr.write(f"{name}: {json.dumps(row)}\n")
   kind = {"kind": "serve", "peer": "rlhf_jax", "model": given.model, "dtype": given.dtype}
@@ -91,14 +90,16 @@ def words(count: int) -> Tokenizer:
   return Tokenizer(backend, eos="<end>", pad="<pad>", bos=None)
 
 
-def measure(app, bodies, repeats) -> dict:
-  """All requests at once, `repeats` times, and each alone, once."""
-  with listening(app) as url:
+def measure(loaded: Loaded, many, single, bodies: list[dict], repeats: int) -> dict:
+  """All requests at once, `repeats` times; then one after the other on a server of one slot."""
+  at_once = {}
+  with serving(loaded, many) as url:
     asyncio.run(ask(url, bodies[:2], together=True))  # connections, imports
-    at_once = {}
     for number in range(repeats):
       common.wait_for_quiet()
       at_once[f"run_{number}"], texts = asyncio.run(ask(url, bodies, together=True))
+  with serving(loaded, single) as url:
+    asyncio.run(ask(url, bodies[:2], together=True))
     common.wait_for_quiet()
     alone, expected = asyncio.run(ask(url, bodies, together=False))
   rates = [row["rate"] for row in at_once.values()]
@@ -154,23 +155,22 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
   return {f"p{q}": float(np.percentile(seconds, q)) for q in (50, 95, 99)}
 
 
-class listening:
-  """Serves an app on a free port of loopback while the body runs."""
-
-  def __init__(self, app):
-    config = uvicorn.Config(app, port=0, log_level="warning", access_log=False)
-    self.server = uvicorn.Server(config)
-    self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
-
-  def __enter__(self) -> str:
-    self.thread.start()
-    while not self.server.started:
-      time.sleep(0.01)
-    return f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
-
-  def __exit__(self, *_):
-    self.server.should_exit = True
-    self.thread.join(10.0)
+@contextlib.contextmanager
+def serving(loaded: Loaded, room: engine_lib.Room):
+  """A server on a free port of loopback; yields its URL."""
+  engine = engine_lib.start(loaded, room)
+  with tempfile.TemporaryDirectory() as folder:
+    with Store.open(f"{folder}/records.sqlite", create=True) as store:
+      app = create_app(Context(engine, store, None, None), Settings())
+      server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
+      thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+      thread.start()
+      while not server.started:
+        time.sleep(0.01)
+      yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+      server.should_exit = True
+      thread.join(10.0)
+  engine.stop(grace=0.0)
 
 
 if __name__ == "__main__":
