@@ -5,7 +5,7 @@
   python experiments/serve.py --workdir=runs/village --host=0.0.0.0 --keys=keys.json
 
 What people say there is kept in WORKDIR/feedback.sqlite, or in --db. The first start compiles for
-half a minute. Ctrl-C or SIGTERM lets answers end for --grace seconds. More: docs/serving.md.
+half a minute on two cores. Ctrl-C or SIGTERM lets answers end for --grace s; see docs/serving.md.
 """
 
 from rlhf_jax import launch
@@ -36,8 +36,6 @@ OPTIONS = {
   "moderator": launch.Option("none", "the folder of a moderator; it filters what goes in and out"),
   "grace": launch.Option(10.0, "seconds that answers may still take when it is told to end"),
 }  # fmt: skip
-
-
 ROOM = ("slots", "queue", "columns", "context", "max_new_tokens")
 
 
