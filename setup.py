@@ -25,9 +25,11 @@ CORE = [
   "optax>=0.2.5,<0.3",
   "orbax-checkpoint>=0.11.30,<0.13",
   "prometheus-client>=0.21,<1",
+  "pydantic>=2.10,<3",
   "rich>=13.9",
   "safetensors>=0.5,<1",
   "sqlalchemy>=2.0,<3",  # people's records are as much part of the recipe as the optimiser
+  "starlette>=0.46,<2",
   "tensorboardX>=2.6.2,<3",
   "tensorflow-datasets>=4.9.9,<5",  # reads and writes ArrayRecord without TensorFlow
   "tokenizers>=0.21,<1",
@@ -68,7 +70,10 @@ setuptools.setup(
   license_files=["LICENSE"],
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["rlhf_jax", "rlhf_jax.*"]),
-  package_data={"rlhf_jax.feedback.migrations": ["script.py.mako"]},
+  package_data={
+    "rlhf_jax.feedback.migrations": ["script.py.mako"],
+    "rlhf_jax.serving": ["static/**"],
+  },
   install_requires=CORE,
   extras_require=EXTRAS,
 )
