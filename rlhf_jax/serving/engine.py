@@ -28,7 +28,7 @@ import numpy as np
 from rlhf_jax.generation.sampling import SamplingConfig
 from rlhf_jax.generation.slots import Admission, SlotDecoder
 from rlhf_jax.parallel import rules
-from rlhf_jax.serving.answers import SlotAnswer, wake
+from rlhf_jax.serving.answers import SlotAnswer, check, wake
 from rlhf_jax.serving.context import FinishReason, Overloaded, Request, Unavailable
 from rlhf_jax.serving.load import Loaded
 from rlhf_jax.serving.wording import Wording
@@ -36,8 +36,6 @@ from rlhf_jax.text.messages import check_text
 from rlhf_jax.types import Params, UserError
 
 GROUP = 4  # prompts that are read at once; more make those who are being answered wait longer
-HOTTEST = 100.0
-MOST_STOPS, LONGEST_STOP = 16, 1_000  # stop texts, and characters of one
 RETRY_SECONDS = 2.0  # between attempts to get a failing device back
 log = logging.getLogger(__name__)
 
@@ -304,22 +302,3 @@ class SlotEngine:
         tell(answer, reason)
       answer.reason = reason
     wake(over)
-
-
-def check(request: Request) -> None:
-  """Raises a UserError for settings that no answer can be drawn with."""
-  if not 0.0 <= request.temperature <= HOTTEST:
-    raise UserError(f"temperature is 0 (greedy) to {HOTTEST:g}, got {request.temperature}.")
-  if not 0.0 < request.top_p <= 1.0:
-    raise UserError(
-      f"top_p is above 0 and at most 1, got {request.top_p}; use temperature 0 for greedy."
-    )
-  if request.max_tokens is not None and request.max_tokens < 1:
-    raise UserError(f"max_tokens is at least 1, got {request.max_tokens}.")
-  if len(request.stop) > MOST_STOPS or not all(1 <= len(t) <= LONGEST_STOP for t in request.stop):
-    raise UserError(
-      f"there may be {MOST_STOPS} stop texts of 1 to {LONGEST_STOP} characters each; got "
-      f"{len(request.stop)}, of {[len(text) for text in request.stop]} characters."
-    )
-  if request.seconds is not None and not request.seconds > 0:
-    raise UserError(f"the seconds that an answer may take are above 0, got {request.seconds}.")
