@@ -15,12 +15,11 @@ from fastapi import HTTPException
 
 from rlhf_jax.feedback import shapes
 from rlhf_jax.feedback.records import ChatMessage, Verdict
-from rlhf_jax.serving import chat_filter
+from rlhf_jax.serving import chat_filter, filtering
 from rlhf_jax.serving.context import Answer, Context, Overloaded, Request
 from rlhf_jax.types import UserError
 
 MOST_AT_ONCE = 4  # answers of one person
-JUDGED_EVERY = 400  # characters; so much may be seen of an answer before it is blocked
 KEPT = 60.0  # seconds that a finished answer can still be listened to
 HEARTBEAT = 15.0  # seconds without an event
 
@@ -48,6 +47,7 @@ class Drawing:
     self.is_forgotten = False  # its author withdraws: nothing is stored
     self._context, self._answer = context, answer
     self._pieces: list[str] = []
+    self._shown = 0  # characters that are in the pieces
     self._verdict, self._judged = None, 0  # the last verdict, and on how many characters
     self._failed = False
     self._news = asyncio.Event()
@@ -112,15 +112,21 @@ class Drawing:
     self._tell()
 
   async def _read(self) -> None:
+    """Reads the engine's pieces; with a filter, what is not judged yet is not shown."""
     async for piece in self._answer:
-      text = piece.text.replace("\0", "\ufffd")  # which no database keeps
-      if not text:
-        continue
-      self.text += text
-      self._pieces.append(text)
+      self.text += piece.text.replace("\0", "\ufffd")  # which no database keeps
+      if self._context.moderator is not None:
+        if len(self.text) - self._judged < filtering.SEGMENT:
+          continue
+        if await self._judge() == "block":
+          return
+      self._show()
+
+  def _show(self) -> None:
+    if self._shown < len(self.text):
+      self._pieces.append(self.text[self._shown :])
+      self._shown = len(self.text)
       self._tell()
-      if len(self.text) - self._judged >= JUDGED_EVERY and await self._judge() == "block":
-        return
 
   async def _judge(self) -> str:
     """Judges what is there, unless that was done already; returns the action."""
@@ -134,6 +140,8 @@ class Drawing:
     if not self.text and reason not in ("stop", "length"):
       return Ending(None, None, reason, error)
     action = await self._judge()
+    if action != "block":
+      self._show()
     message = ChatMessage(
       author=self.author,
       id=self.id,
@@ -146,16 +154,17 @@ class Drawing:
       seed=self._answer.seed,
       stopped=reason not in ("stop", "length") and action != "block",
     )
-    about = {"message": self.id}
-    if action == "block":
-      about = {"text": self.text, "id": chat_filter.withheld_id(self.id)}
-    verdict = self._verdict and chat_filter.record(
-      self._verdict, self._context.moderator, "output", self.author, **about
-    )
+    records: list = [message]
+    if self._verdict is not None:
+      about = {"message": self.id}
+      if action == "block":
+        about = {"text": self.text, "id": chat_filter.withheld_id(self.id)}
+      name = self._context.moderator.name
+      records.append(filtering.record(self._verdict, "output", self.author, name, **about))
     if self.is_forgotten:
       return Ending(None, None, reason, error)
-    await asyncio.to_thread(self._context.store.add_all, [message, *([verdict] if verdict else [])])
-    return Ending(message, verdict, reason, error)
+    await asyncio.to_thread(self._context.store.add_all, records)
+    return Ending(message, records[1] if records[1:] else None, reason, error)
 
 
 class Answers:

@@ -1,35 +1,20 @@
-"""The content filter in the chat: texts are judged, and the verdicts become records."""
+"""The content filter in the chat: what it says of one text, and what stands where it blocks."""
 
 import asyncio
-from typing import Literal
+from typing import Any
 
-from rlhf_jax.feedback.records import CategoryScore, Verdict
 from rlhf_jax.serving.context import Moderator
+from rlhf_jax.serving.filtering import Side
 
 WITHHELD = "This answer was withheld by the content filter."
 
 
-async def judge(moderator: Moderator | None, text: str, direction: Literal["input", "output"]):
-  """The moderator's verdict on one text, found in a thread of its own; None where nobody judges."""
+async def judge(moderator: Moderator | None, text: str, side: Side) -> Any | None:
+  """The moderator's verdict on a text, found in a thread; None where nobody judges."""
   if moderator is None or not text.strip():
     return None
-  (verdict,) = await asyncio.to_thread(moderator, [text], direction)
+  (verdict,) = await asyncio.to_thread(moderator, [text], side)
   return verdict
-
-
-def record(
-  verdict, moderator: Moderator, direction: Literal["input", "output"], author: str, **about: str
-) -> Verdict:
-  """The record of a verdict; `about` is `message=ID`, or `text=...` of what became no message."""
-  return Verdict(
-    author=author,
-    direction=direction,
-    scores=tuple(CategoryScore(c.category, c.score, c.threshold) for c in verdict.categories),
-    flagged=verdict.flagged,
-    action=verdict.action,
-    model=moderator.name,
-    **about,
-  )
 
 
 def withheld_id(message: str) -> str:

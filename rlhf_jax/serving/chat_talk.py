@@ -8,7 +8,7 @@ from fastapi import HTTPException
 
 from rlhf_jax.feedback import conversations
 from rlhf_jax.feedback.records import ChatMessage, Verdict
-from rlhf_jax.serving import chat_filter, chat_view
+from rlhf_jax.serving import chat_filter, chat_view, filtering
 from rlhf_jax.serving.chat_answers import Answers
 from rlhf_jax.serving.chat_bodies import MOST, Draw, Sampling, Send
 from rlhf_jax.serving.context import Context, Request, check_text
@@ -106,7 +106,7 @@ class Talk:
         continue
       is_blocked = verdict.action == "block"
       about = {"text": message.content} if is_blocked else {"message": message.id}
-      record = chat_filter.record(verdict, moderator, "input", person, **about)
+      record = filtering.record(verdict, "input", person, moderator.name, **about)
       if is_blocked:
         return {}, record
       found[message.id] = record

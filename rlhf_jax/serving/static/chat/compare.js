@@ -49,9 +49,12 @@ export class PairView {
     if (!this.ready || this.busy) return;
     this.busy = true;
     const [first, second] = this.pair.ids;
-    const seconds = (performance.now() - this.since) / 1000;
+    if (this.attempt?.choice !== choice) {
+      const seconds = (performance.now() - this.since) / 1000;
+      this.attempt = { id: this.pair.submission, first, second, choice, seconds };
+    }
     try {
-      await call("chat/preferences", { id: this.pair.submission, first, second, choice, seconds });
+      await call("chat/preferences", this.attempt); // again the same, if need be: it is one record
       this.actions.chosen(this.messages[choice === "second" ? 1 : 0]);
     } catch (failure) {
       this.actions.failed(failure, () => this.choose(choice));
