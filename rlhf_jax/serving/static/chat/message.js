@@ -127,6 +127,7 @@ export class MessageView {
   }
 
   changed(changes) {
+    this.message = { ...this.message, ...changes }; // for what comes before it is drawn again
     this.actions.changed({ id: this.message.id, ...changes });
   }
 
