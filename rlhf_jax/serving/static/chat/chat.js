@@ -224,12 +224,12 @@ async function submit() {
   }
   const sender = chat;
   const isNew = sender.id === null;
-  const path = sender.tree.path();
-  const last = sender.pair ? sender.tree.messages.get(sender.pair.ids[0]) : path[path.length - 1];
+  const parent = sender.tail();
   sending = true;
   render();
   try {
-    const blocked = await sender.send(text, last?.id ?? null);
+    const blocked = await sender.send(text, parent);
+    if (!blocked) refreshList();
     if (sender !== chat) return;
     notices.replaceChildren();
     if (blocked) {
@@ -246,7 +246,6 @@ async function submit() {
   } finally {
     sending = false;
     render();
-    refreshList();
   }
 }
 

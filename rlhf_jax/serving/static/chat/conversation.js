@@ -35,6 +35,13 @@ export class Conversation {
     return [...this.tree.messages.values()].filter((message) => message.running);
   }
 
+  // The message that the next one comes after; of two answers that nobody chose from, the first.
+  tail() {
+    if (this.pair) return [...this.pair.ids, this.pair.parent].find((id) => this.tree.messages.has(id));
+    const path = this.tree.path();
+    return path.length ? path[path.length - 1].id : null;
+  }
+
   // Sends a message and returns what the filter said where it blocked it, or null.
   async send(text, parent) {
     const id = this.id ?? this.attempt?.conversation ?? newId();
