@@ -14,9 +14,9 @@ COLDEST = 1e-6  # temperatures below are greedy
 class SlotAnswer:
   """One answer; see `context.Answer`.
 
-  The engine's thread calls `take` and `end`; the reader iterates. Ids cross over in a deque, whose
-  ends are safe from two threads, and `wake` says that there are new ones. Times are those of
-  `time.monotonic`; None until they come.
+  The engine's thread calls `take` and at last sets `reason`; the reader iterates. Ids cross over in
+  a deque, whose ends are safe from two threads, and `wake` says that there are new ones. Times are
+  those of `time.monotonic`; None until they come.
   """
 
   def __init__(
@@ -64,11 +64,6 @@ class SlotAnswer:
     self.drawn += len(ids)
     shown = len(ids) - ended_by_token
     self._arrived.append((ids[:shown], logprobs[:shown], int(ended_by_token)))
-
-  def end(self, reason: FinishReason) -> None:
-    """The engine has no more to hand over."""
-    self.ended_at = time.monotonic()
-    self.reason = reason
 
   async def __aiter__(self) -> AsyncIterator[Piece]:
     event = asyncio.Event()

@@ -29,7 +29,7 @@ from rlhf_jax.generation.sampling import SamplingConfig
 from rlhf_jax.generation.slots import Admission, SlotDecoder
 from rlhf_jax.parallel import rules
 from rlhf_jax.serving.answers import SlotAnswer, wake
-from rlhf_jax.serving.context import Overloaded, Request, Unavailable
+from rlhf_jax.serving.context import FinishReason, Overloaded, Request, Unavailable
 from rlhf_jax.serving.load import Loaded
 from rlhf_jax.serving.wording import Wording
 from rlhf_jax.text.messages import check_text
@@ -98,7 +98,8 @@ class SlotEngine:
   def __init__(self, loaded: Loaded, params: Params, decoder: SlotDecoder, queue: int):
     self.model = loaded.name
     self.loaded, self.decoder, self.queue = loaded, decoder, queue
-    self.on_end: list[Callable[[SlotAnswer], None]] = []  # told of every answer that is over
+    # Told of every answer that is over, and why, before its reader is.
+    self.on_end: list[Callable[[SlotAnswer, FinishReason], None]] = []
     self.failures = 0  # calls to the device that raised
     self._params = params
     # Stop tokens of a config are a habit of its training; whoever chats ends at EOS, as chat.py.
@@ -273,7 +274,7 @@ class SlotEngine:
     with self._changed:
       for answer in [*self._waiting, *self._busy.values()]:
         if answer.cancelled:
-          over[answer] = "cancelled"
+          over[answer] = answer.finish_reason or "cancelled"  # its reader may have met a stop text
         elif answer.deadline is not None and now >= answer.deadline:
           over[answer] = "deadline"
       for answer in over:
@@ -289,20 +290,20 @@ class SlotEngine:
         self._waiting.clear()
     self._end(dict.fromkeys(over, "error"))
 
-  def _end(self, over: dict[SlotAnswer, str]) -> None:
+  def _end(self, over: dict[SlotAnswer, FinishReason]) -> None:
     """Frees the slots of these answers and tells their readers why they are over."""
     if not over:
       return
     with self._changed:
       self._busy = {slot: a for slot, a in self._busy.items() if a not in over}
     for answer, reason in over.items():
-      answer.end(reason)
+      answer.ended_at = time.monotonic()
       if answer.admitted_at is not None:
         self._seconds += 0.1 * (answer.ended_at - answer.admitted_at - self._seconds)
-    wake(over)
-    for answer in over:
       for tell in self.on_end:
-        tell(answer)
+        tell(answer, reason)
+      answer.reason = reason
+    wake(over)
 
 
 def check(request: Request) -> None:
