@@ -2,14 +2,18 @@
 
 import asyncio
 import dataclasses
+import functools
 import json
+import pathlib
+import tempfile
 import threading
 
 import httpx
 import serving_cases
 
-from rlhf_jax.feedback import shapes
+from rlhf_jax.feedback import shapes, withdrawal
 from rlhf_jax.feedback.records import ChatMessage
+from rlhf_jax.feedback.store import Store
 from rlhf_jax.serving import chat_page
 from rlhf_jax.serving.context import Overloaded, Piece
 
@@ -116,10 +120,21 @@ class FakeModerator:
     )
 
 
+@functools.cache
+def _empty_store():
+  """The bytes of a database with all tables; making them takes longer than a test."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "empty.sqlite"
+    with Store.open(str(path), create=True) as store:
+      withdrawal.empty_log(store.engine)
+    return path.read_bytes()
+
+
 def page(folder, *, engine=None, moderator=None, patience=5.0):
   """A server with the chat page; see `serving_cases.server`."""
   make = lambda context: chat_page.router(context, patience=patience)
   engine = engine or FakeEngine()
+  (folder / "feedback.sqlite").write_bytes(_empty_store())
   return serving_cases.server(folder, engine=engine, moderator=moderator, routers=[make])
 
 

@@ -1,5 +1,6 @@
 """The routes of the chat page: what is said ends as the right record, and stays its person's."""
 
+import concurrent.futures
 import json
 
 import httpx
@@ -302,6 +303,16 @@ def test_a_thumb_becomes_a_record_and_a_changed_mind_supersedes_it(at, ann):
   conversation = at.context.store.get(answer["id"]).conversation
   shown = ann.messages(conversation)[answer["id"]]["feedback"]
   assert (shown["thumb"], shown["ideal"], shown["text"]) == ("down", "Better.", SCRIPT)
+
+
+def test_many_clicks_at_once_leave_one_thumb_standing(at, ann):
+  _, answer = ann.talk("Hi")
+  path = f"/chat/answers/{answer['id']}/feedback"
+  thumbs = [{"thumb": "up"}, {"thumb": "down"}] * 6
+  with concurrent.futures.ThreadPoolExecutor(12) as pool:
+    found = list(pool.map(lambda body: ann.post(path, json=body).status_code, thumbs))
+  assert found == [200] * 12
+  only(at.context.store, Feedback)
 
 
 def test_a_thumb_is_for_answers(ann):

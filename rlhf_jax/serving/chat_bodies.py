@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Id = Annotated[str, Field(pattern=r"^[0-9A-Za-z._:@-]{1,64}\z", description="id of a record")]
+Id = Annotated[str, Field(pattern=r"^[0-9A-Za-z._:@-]{1,64}$", description="id of a record")]
 NewId = Annotated[
   str,
   Field(
-    pattern=r"^[0-9A-Za-z-]{16,48}\z",
+    pattern=r"^[0-9A-Za-z-]{16,48}$",
     description="made by the page, so that a request sent twice is one record",
   ),
 ]
@@ -48,6 +48,10 @@ class Draw(Body):
 
   count: Literal[1, 2] = 1
   sampling: Sampling = Sampling()
+
+
+class Stop(Body):
+  """No more of this answer; an empty object."""
 
 
 class Thumb(Body):

@@ -5,16 +5,19 @@ the filter. The page is `static/chat`; it reads and writes through the routes un
 """
 
 import asyncio
+import dataclasses
 import json
 import pathlib
 from typing import Annotated, Any
 
+import sqlalchemy as sa
 from fastapi import APIRouter, Depends, HTTPException, Path
 from fastapi import Request as HttpRequest
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
-from rlhf_jax.feedback import conversations, withdrawal
+from rlhf_jax.feedback import conversations, rows, schema, withdrawal
 from rlhf_jax.feedback.records import ChatMessage, Feedback, HarmReport, Verdict, VerdictReport
+from rlhf_jax.feedback.store import insert
 from rlhf_jax.serving import chat_filter, chat_view, visitors
 from rlhf_jax.serving.chat_answers import Answers, Drawing, Ending
 from rlhf_jax.serving.chat_bodies import (
@@ -24,6 +27,7 @@ from rlhf_jax.serving.chat_bodies import (
   Mistake,
   Preference,
   Send,
+  Stop,
   Thumb,
   Withdraw,
 )
@@ -33,7 +37,7 @@ from rlhf_jax.types import UserError
 
 STATIC = pathlib.Path(__file__).parent / "static" / "chat"
 Person = Annotated[str, Depends(visitors.person_of)]
-PathId = Annotated[str, Path(pattern=r"^[0-9A-Za-z._:@-]{1,64}\z")]
+PathId = Annotated[str, Path(pattern=r"^[0-9A-Za-z._:@-]{1,64}$")]
 
 
 def router(context: Context, *, patience: float = 10.0) -> APIRouter:
@@ -111,7 +115,7 @@ def _add_talking(routes: APIRouter, talk: Talk, answers: Answers) -> None:
     return StreamingResponse(_events(drawing), headers=headers, media_type="text/event-stream")
 
   @routes.post("/chat/answers/{id}/stop")
-  async def stop(id: PathId, person: Person) -> JSONResponse:
+  async def stop(id: PathId, body: Stop, person: Person) -> JSONResponse:
     """Stops an answer; what was drawn is stored."""
     drawing = answers.get(id, person)
     drawing.stop()
@@ -128,12 +132,8 @@ def _add_saying(routes: APIRouter, context: Context) -> None:
     answer = _own_answer(store, id, person)
     ideal = body.ideal if body.ideal and body.ideal.strip() else None
     said = {"thumb": body.thumb, "tags": tuple(body.tags), "text": body.text, "ideal": ideal}
-    stands = store.records(Feedback, message=answer.id, author=person)
-    old = stands[-1] if stands else None
-    if old is None or any(getattr(old, name) != value for name, value in said.items()):
-      old = Feedback(author=person, message=answer.id, supersedes=old and old.id, **said)
-      store.add(old)
-    return _json(chat_view.of_feedback(old))
+    new = Feedback(author=person, message=answer.id, **said)
+    return _json(chat_view.of_feedback(store.transact(lambda c: _stand(c, new))))
 
   @routes.post("/chat/answers/{id}/harm")
   def harm(id: PathId, body: Harm, person: Person) -> JSONResponse:
@@ -190,6 +190,19 @@ def _withdraw(context: Context, person: str) -> int:
   if not withdrawal.preview(context.store, person):
     return 0
   return len(withdrawal.withdraw(context.store, person, author=person).tombstones)
+
+
+def _stand(connection: sa.Connection, new: Feedback) -> Feedback:
+  """What a person thinks of an answer from now on; two clicks at once come one after the other."""
+  theirs = (schema.feedback.c.message == new.message, schema.records.c.author == new.author)
+  *_, old = (None, *rows.select(connection, "feedback", *theirs))
+  if old is not None:
+    # The same again is no new record.
+    if dataclasses.replace(new, id=old.id, supersedes=old.supersedes).says_the_same(old):
+      return old
+    new = dataclasses.replace(new, supersedes=old.id)
+  insert(connection, new)
+  return new
 
 
 def _own_answer(store, id: str, person: str) -> ChatMessage:

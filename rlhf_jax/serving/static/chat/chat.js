@@ -3,7 +3,7 @@
 import { call, Failure } from "./api.js";
 import { PairView } from "./compare.js";
 import { Conversation } from "./conversation.js";
-import { dressIcons, el, iconButton, isTyping, reconcile } from "./dom.js";
+import { dressIcons, el, iconButton, isTyping, reconcile, remember } from "./dom.js";
 import { mistakeForm } from "./forms.js";
 import { MessageView, warning } from "./message.js";
 import { initSettings } from "./settings.js";
@@ -212,7 +212,7 @@ function showList() {
 // -- the composer
 
 const saveDraft = () => {
-  if (chat) sessionStorage.setItem(`draft:${chat.id ?? "new"}`, input.value);
+  if (chat) remember(`draft:${chat.id ?? "new"}`, input.value);
 };
 
 async function submit() {
@@ -358,7 +358,6 @@ async function start() {
     const session = await call("chat/session");
     $("model").textContent = session.model;
     document.title = `Chat with ${session.model}`;
-    input.maxLength = session.most;
     await refreshList();
     await open(hashId());
   } catch (failure) {

@@ -66,10 +66,19 @@ export function reconcile(parent, wanted) {
   });
 }
 
+// Keeps a text over a reload; a browser that is full, or keeps nothing, keeps it on the page only.
+export function remember(key, text) {
+  try {
+    sessionStorage.setItem(key, text);
+  } catch {
+    sessionStorage.removeItem(key);
+  }
+}
+
 // A textarea whose text outlives the page until `forget`.
 export function keepDraft(textarea, key) {
   textarea.value = sessionStorage.getItem(key) ?? textarea.value;
-  textarea.addEventListener("input", () => sessionStorage.setItem(key, textarea.value));
+  textarea.addEventListener("input", () => remember(key, textarea.value));
   return () => sessionStorage.removeItem(key);
 }
 
