@@ -303,15 +303,20 @@ def test_a_full_queue_and_a_lost_server_keep_what_was_typed(tmp_path, visit, exp
 def test_deleting_everything_asks_first(tmp_path, visit, expect):
   with page(tmp_path, moderator=FakeModerator()) as at:
     tab = visit(at.url)
+    tab.get_by_role("button", name="Settings").click()
+    tab.fill("#system", "I am Ann.")
+    tab.get_by_role("button", name="Done").click()
     say(tab, "Hi")
     tab.get_by_role("button", name="Delete my data").click()
-    expect(tab.locator("#goodbye-count")).to_have_text("That is 4 records.")
+    expect(tab.locator("#goodbye-count")).to_have_text("That is 6 records.")
     tab.get_by_role("button", name="Keep it").click()
-    assert len(at.context.store.records(Verdict)) == 2
+    assert len(at.context.store.records(Verdict)) == 3
     tab.get_by_role("button", name="Delete my data").click()
     tab.get_by_role("button", name="Delete everything").click()
     expect(tab.locator("#empty")).to_be_visible()
     expect(tab.locator("#conversations a")).to_have_count(0)
+    assert "Ann" not in tab.evaluate("JSON.stringify({...localStorage, ...sessionStorage})")
+    expect(tab.locator("#system")).to_have_value("")
     assert not at.context.store.records(ChatMessage) and not at.context.store.records(Verdict)
 
 

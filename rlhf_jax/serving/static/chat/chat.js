@@ -1,4 +1,4 @@
-// The page: side bar, thread, composer, keys. What happens in a conversation is conversation.js.
+// The page: list, thread, composer, keys. What happens in a conversation is conversation.js.
 
 import { call, Failure } from "./api.js";
 import { PairView } from "./compare.js";
@@ -6,11 +6,12 @@ import { Conversation } from "./conversation.js";
 import { dressIcons, el, iconButton, isTyping, reconcile, remember } from "./dom.js";
 import { mistakeForm } from "./forms.js";
 import { MessageView, warning } from "./message.js";
-import { initSettings } from "./settings.js";
+import { initSettings, resetSettings } from "./settings.js";
+import { closeSide, initSide, NARROW } from "./side.js";
+import { initWithdrawal } from "./withdraw.js";
 
 const $ = (id) => document.getElementById(id);
 const [thread, input, scroll, notices] = ["thread", "input", "scroll", "notices"].map($);
-const NARROW = matchMedia("(max-width: 760px)");
 
 let chat = null; // the Conversation that is shown
 let listed = [];
@@ -289,68 +290,14 @@ function initKeys() {
   });
 }
 
-// -- the side bar, a drawer on narrow screens
-
-function closeSide() {
-  if (!document.body.classList.contains("side-open")) return;
-  setSide(false);
-  $("open-side").focus();
-}
-
-function setSide(isOpen) {
-  document.body.classList.toggle("side-open", isOpen);
-  $("shade").hidden = !isOpen;
-  $("open-side").setAttribute("aria-expanded", String(isOpen));
-  document.querySelector("main").inert = isOpen;
-  $("side").inert = NARROW.matches && !isOpen;
-  if (isOpen) $("close-side").focus();
-}
-
-function initSide() {
-  $("open-side").addEventListener("click", () => setSide(true));
-  $("close-side").addEventListener("click", closeSide);
-  $("shade").addEventListener("click", closeSide);
-  NARROW.addEventListener("change", () => setSide(false));
-  setSide(false);
-  for (const id of ["new-chat", "new-chat-top"]) $(id).addEventListener("click", () => goTo(null));
-}
-
-// -- deleting everything
-
-function initWithdrawal() {
-  const [dialog, error, count] = ["goodbye", "goodbye-error", "goodbye-count"].map($);
-  $("withdraw").addEventListener("click", async () => {
-    error.hidden = true;
-    count.textContent = "";
-    dialog.showModal();
-    try {
-      const { records } = await call("chat/data");
-      const total = Object.values(records).reduce((sum, number) => sum + number, 0);
-      count.textContent = total ? `That is ${total} records.` : "There is nothing of yours yet.";
-    } catch (failure) {
-      count.textContent = failure.message;
-    }
-  });
-  $("withdraw-now").addEventListener("click", async () => {
-    try {
-      await call("chat/data/withdraw", { confirm: true });
-    } catch (failure) {
-      error.textContent = `${failure.message} Nothing was deleted.`;
-      error.hidden = false;
-      return;
-    }
-    const theme = localStorage.getItem("theme");
-    input.value = "";
-    chat = null;
-    localStorage.clear();
-    sessionStorage.clear();
-    if (theme) localStorage.setItem("theme", theme);
-    dialog.close();
-    listed = [];
-    history.replaceState(null, "", location.pathname + location.search);
-    await open(null);
-    notice("Everything of yours is deleted.", { brief: true });
-  });
+async function asNew() {
+  input.value = "";
+  resetSettings(); // a system message is their text, too
+  chat = null; // nothing typed before is kept
+  listed = [];
+  history.replaceState(null, "", location.pathname + location.search);
+  await open(null);
+  notice("Everything of yours is deleted.", { brief: true });
 }
 
 async function start() {
@@ -369,8 +316,8 @@ dressIcons();
 initSettings();
 initComposer();
 initKeys();
-initSide();
-initWithdrawal();
+initSide(() => goTo(null));
+initWithdrawal(asNew);
 addEventListener("hashchange", () => open(hashId()));
 addEventListener("popstate", () => { if (!location.hash && chat?.id) open(null); });
 chat = newConversation(null);

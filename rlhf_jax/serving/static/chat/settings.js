@@ -12,12 +12,14 @@ export function initSettings() {
     field(name).addEventListener("input", save);
   }
   field("open-settings").addEventListener("click", () => dialog.showModal());
-  field("reset").addEventListener("click", () => {
-    for (const [name, value] of Object.entries(DEFAULTS)) field(name).value = value;
-    save();
-  });
+  field("reset").addEventListener("click", resetSettings);
   field("theme").addEventListener("click", nextTheme);
   showTheme();
+}
+
+export function resetSettings() {
+  for (const [name, value] of Object.entries(DEFAULTS)) field(name).value = value;
+  save();
 }
 
 function save() {
