@@ -13,6 +13,7 @@ from collections.abc import Callable
 import fastapi
 import uvicorn
 
+from rlhf_jax import moderation
 from rlhf_jax.feedback import lineage
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.serving.app import Settings, create_app
@@ -106,8 +107,8 @@ def load_moderator(folder: str) -> Moderator | None:
   """
   if folder == "none":
     return None
-  moderation = importlib.import_module("rlhf_jax.moderation")
-  return Named(pathlib.Path(folder).name, moderation.load(folder))
+  path = pathlib.Path(folder)
+  return Named(path.name, moderation.load(path))
 
 
 def register(
