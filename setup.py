@@ -68,7 +68,10 @@ setuptools.setup(
   license_files=["LICENSE"],
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["rlhf_jax", "rlhf_jax.*"]),
-  package_data={"rlhf_jax.feedback.migrations": ["script.py.mako"]},
+  package_data={
+    "rlhf_jax.feedback.migrations": ["script.py.mako"],
+    "rlhf_jax.serving": ["static/**"],
+  },
   install_requires=CORE,
   extras_require=EXTRAS,
 )

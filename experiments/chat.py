@@ -24,6 +24,7 @@ import jax
 from rlhf_jax import chat
 from rlhf_jax.config import build
 from rlhf_jax.generation.sampling import SamplingConfig
+from rlhf_jax.serving import load
 from rlhf_jax.types import UserError
 
 OPTIONS = {
@@ -45,9 +46,10 @@ def main(config, workdir, policy, context, seed, **sampling):
     SamplingConfig, {"top_k": 0, "stop": None, "compact_to": (), **sampling}, "sampling"
   )
   if workdir is not None:
-    speaker = chat.of_run(workdir, policy, sampling, context)
+    loaded = load.of_run(workdir, policy)
   else:
-    speaker = chat.of_pretrained(config, sampling, context)
+    loaded = load.of_pretrained(config)
+  speaker = chat.speaker_of(loaded, sampling, context)
   if sys.stdin.isatty():
     import readline  # noqa: F401, gives input() line editing and a history
   read = lambda: input("> " if sys.stdin.isatty() else "")

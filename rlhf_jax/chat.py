@@ -5,23 +5,16 @@ can hold the dialogue as well as a person.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import TextIO
 
 import jax
 
-from rlhf_jax import config as config_lib
-from rlhf_jax import standing
-from rlhf_jax.experiment import ExperimentConfig
-from rlhf_jax.generation.sampling import SamplingConfig, find_stops
+from rlhf_jax.generation.sampling import SamplingConfig
 from rlhf_jax.generation.stream import Streamer, pieces
-from rlhf_jax.networks import heads, pretrained
-from rlhf_jax.text import dialogue
+from rlhf_jax.serving.load import Loaded
 from rlhf_jax.text.messages import Conversation, Message
-from rlhf_jax.text.tokenizer import Tokenizer
-from rlhf_jax.training import checkpoint, files
-from rlhf_jax.types import Params, UserError
+from rlhf_jax.types import UserError
 
 COMMANDS = """\
 /new            begins a new dialogue, with the same system message
@@ -38,13 +31,9 @@ Messages = tuple[Message, ...]
 class Speaker:
   """A policy with everything it takes to answer."""
 
-  params: Params
+  loaded: Loaded
   streamer: Streamer
-  tokenizer: Tokenizer
-  template: dialogue.ChatTemplate
-  context: (
-    int  # tokens of the dialogue that are kept; of a longer one, the oldest turns are dropped
-  )
+  context: int  # tokens of the dialogue that are kept; older turns are dropped
 
   def answer(self, messages: Messages, key: jax.Array) -> Iterator[str]:
     """The reply in pieces, as they are drawn.
@@ -52,55 +41,14 @@ class Speaker:
     Raises:
       UserError: the last message alone is longer than `context`.
     """
-    whole = Conversation(messages)
-    kept = dialogue.truncate(
-      whole, self.context, self.template, self.tokenizer, on_too_long="error"
-    )
-    prompt = dialogue.encode_prompt(kept, self.template, self.tokenizer)
-    decode = lambda ids: dialogue.decode_response(ids, self.template, self.tokenizer)
-    return pieces(self.streamer.ids(self.params, prompt, key), decode)
+    prompt = self.loaded.prompt(Conversation(messages), self.context)
+    return pieces(self.streamer.ids(self.loaded.params, prompt, key), self.loaded.reply)
 
 
-def of_run(workdir: pathlib.Path, policy: str, sampling: SamplingConfig, context: int) -> Speaker:
-  """A policy of a working directory, by its path in there; "newest" is the newest.
-
-  Raises:
-    UserError: `workdir` holds no run, no such policy, or one that does not fit its config.
-  """
-  workdir = workdir.expanduser().absolute()
-  if not (workdir / "config.json").exists():
-    raise UserError(f"{workdir} holds no run: there is no config.json in it.")
-  config = config_lib.build(ExperimentConfig, files.read_json(workdir / "config.json"))
-  path = workdir / standing.find_policy(workdir, policy)
-  trained_here = config.text.tokenizer in ("village", "train")
-  tokenizer = workdir / "tokenizer" if trained_here else config.text.tokenizer
-  initial = lambda: heads.init(heads.Policy(config.model), jax.random.key(0))
-  params, _ = checkpoint.load_params(path, jax.eval_shape(initial))
-  return _speaker(config, params, tokenizer, sampling, context)
-
-
-def of_pretrained(section: Any, sampling: SamplingConfig, context: int) -> Speaker:
-  """The pretrained model that a config starts from.
-
-  Raises:
-    UserError: the config names none, or weights of another shape.
-  """
-  config = config_lib.build(ExperimentConfig, section)
-  if config.pretrained is None or config.text.tokenizer in ("village", "train"):
-    raise UserError(
-      "this config starts from no pretrained model with a tokenizer of its own; train one first "
-      "and give its --workdir."
-    )
-  params = pretrained.load_as(config.model, config.pretrained)
-  return _speaker(config, params, config.text.tokenizer, sampling, context)
-
-
-def _speaker(config, params, tokenizer, sampling, context) -> Speaker:
-  template = dialogue.TEMPLATES[config.text.template]
-  tokenizer = Tokenizer.load(tokenizer, eos=template.end)
-  policy = heads.Policy(config.model)
-  streamer = Streamer(policy, sampling, find_stops(sampling, tokenizer), tokenizer.pad_id)
-  return Speaker(params, streamer, tokenizer, template, context)
+def speaker_of(loaded: Loaded, sampling: SamplingConfig, context: int) -> Speaker:
+  """Makes a loaded policy speak."""
+  streamer = Streamer(loaded.policy, sampling, loaded.stops(sampling), loaded.tokenizer.pad_id)
+  return Speaker(loaded, streamer, context)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,11 +19,20 @@ class Overloaded(Exception):
     self.retry_after = retry_after
 
 
+class Unavailable(Overloaded):
+  """Nothing can be answered for now: the device fails, or the server is about to end."""
+
+  def __init__(self, why: str, retry_after: int = 5):
+    Exception.__init__(self, why)
+    self.retry_after = retry_after
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
   """What to answer and how."""
 
-  conversation: Conversation | str  # a dialogue, or bare text to continue
+  # A dialogue, or bare text to continue, or its ids.
+  conversation: Conversation | str | tuple[int, ...]
   max_tokens: int | None = None  # None: as many as the engine allows
   temperature: float = 1.0  # 0 is greedy
   top_p: float = 1.0  # 1 keeps all
@@ -39,7 +48,7 @@ class Piece:
   """Text that has just become certain, with the tokens it is made of."""
 
   text: str
-  tokens: tuple[str, ...]
+  tokens: tuple[str, ...]  # joined, they are the text; one that completes no character is ""
   logprobs: tuple[float, ...]  # nats, of each token
 
 
@@ -47,6 +56,7 @@ class Answer(Protocol):
   """An answer on its way. Iterate once; whoever stops iterating calls `cancel`."""
 
   prompt_tokens: int
+  most: int  # tokens that it may have
   seed: int
   completion_tokens: int  # so far
   finish_reason: FinishReason | None  # None while it goes on
@@ -67,7 +77,7 @@ class Engine(Protocol):
     """Queues a request and returns at once.
 
     Raises:
-      Overloaded: the queue is full.
+      Overloaded: the queue is full, or nothing can be answered (Unavailable).
       UserError: the request cannot be answered, say because the last message alone is too long.
     """
     ...
@@ -78,7 +88,10 @@ class Moderator(Protocol):
 
   name: str
 
-  def __call__(self, texts: list[str]) -> list: ...
+  def __call__(self, texts: list[str], side: Literal["input", "output"] = "input") -> list:
+    """A verdict on each text, with `flagged`, `action` ("none", "warn" or "block") and
+    `categories`, each of these with `category`, `score`, `threshold` and `flagged`."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""Errors in OpenAI's shape, for every route: {"error": {"message", "type", "param", "code"}}."""
+
+import json
+from typing import Any
+
+import fastapi
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from rlhf_jax.serving.context import Overloaded
+from rlhf_jax.types import UserError
+
+TYPES = {
+  401: "authentication_error",
+  403: "permission_error",
+  429: "rate_limit_error",
+  500: "server_error",
+  503: "server_error",
+}
+CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded"}
+
+
+class BadField(UserError):
+  """A field of a request that cannot be; `param` is its name."""
+
+  def __init__(self, param: str, message: str, code: str | None = None):
+    super().__init__(message)
+    self.param, self.code = param, code
+
+
+def body(
+  status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+  """What stands in an error response."""
+  kind = TYPES.get(status, "invalid_request_error")
+  code = code or CODES.get(status)
+  return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def response(
+  status: int,
+  message: str,
+  *,
+  param: str | None = None,
+  code: str | None = None,
+  headers: dict[str, str] | None = None,
+) -> Response:
+  """An error response; pure ASCII, since a message may quote half a character."""
+  text = json.dumps(body(status, message, param, code))
+  return Response(text, status, headers, "application/json")
+
+
+def install(app: fastapi.FastAPI) -> None:
+  """Makes every error of an app look like this."""
+  app.add_exception_handler(UserError, _user_error)
+  app.add_exception_handler(RequestValidationError, _bad_request)
+  app.add_exception_handler(HTTPException, _http_error)
+  app.add_exception_handler(Overloaded, _overloaded)
+  app.add_exception_handler(Exception, _bug)
+
+
+async def _user_error(request, error: UserError) -> Response:
+  return response(
+    422, str(error), param=getattr(error, "param", None), code=getattr(error, "code", None)
+  )
+
+
+async def _bad_request(request, error: RequestValidationError) -> Response:
+  """The first of the fields that are wrong."""
+  first = error.errors()[0]
+  place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+  if first["type"] == "json_invalid":
+    return response(422, "the body is no JSON.", code="invalid_json")
+  param = ".".join(place) or None
+  return response(422, f"{param or 'the request'}: {first['msg']}.", param=param)
+
+
+async def _http_error(request, error: HTTPException) -> Response:
+  return response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+
+async def _overloaded(request, error: Overloaded) -> Response:
+  headers = {"retry-after": str(error.retry_after)}
+  return response(503, str(error), code="overloaded", headers=headers)
+
+
+async def _bug(request, error: Exception) -> Response:
+  """What went wrong stands in the log, not in the answer."""
+  return response(500, "the server made a mistake; its log says which.")
