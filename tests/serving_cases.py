@@ -51,9 +51,7 @@ def start(room=ROOM, of=None) -> engine_lib.SlotEngine:
 
 @functools.cache
 def _streamer(max_tokens: int, temperature: float, top_p: float) -> stream.Streamer:
-  how = tiny.changed(
-    tiny.SAMPLING, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p
-  )
+  how = tiny.changed(tiny.SAMPLING, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p)
   return stream.Streamer(loaded().policy, how, loaded().stops(how), loaded().tokenizer.pad_id)
 
 

@@ -10,7 +10,7 @@ export function el(tag, properties = {}, ...children) {
     else if (name === "checked") element.checked = value;
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }
 
@@ -23,9 +23,13 @@ export function isTyping(target) {
 // A text area that is as high as its text.
 export function textarea(properties, oninput) {
   const area = el("textarea", { rows: 2, ...properties });
-  const fit = () => { area.style.height = "auto"; area.style.height = `${area.scrollHeight + 2}px`; };
+  const fit = () => {
+    area.style.height = "auto";
+    if (area.scrollHeight) area.style.height = `${area.scrollHeight + 2}px`;
+  };
   area.addEventListener("input", () => { fit(); oninput(area.value); });
-  new ResizeObserver((_, self) => { fit(); self.disconnect(); }).observe(area);
+  // As soon as it is in the page.
+  new ResizeObserver((_, self) => { if (area.offsetWidth) { fit(); self.disconnect(); } }).observe(area);
   area.refit = fit;
   return area;
 }

@@ -122,8 +122,9 @@ function theme() {
 }
 
 function showTheme() {
-  byId("theme").textContent = { light: "Light", dark: "Dark" }[document.documentElement.dataset.theme] ?? "Auto";
-  byId("theme").setAttribute("aria-label", `Theme: ${byId("theme").textContent}`);
+  const name = { light: "light", dark: "dark" }[document.documentElement.dataset.theme] ?? "auto";
+  byId("theme").textContent = `◐ ${name}`;
+  byId("theme").setAttribute("aria-label", `Theme: ${name}`);
 }
 
 document.addEventListener("keydown", (event) => {
