@@ -29,7 +29,7 @@ export class Board {
     chip.focus({ preventScroll: true });
     chip.setPointerCapture(down.pointerId);
     let far = false, over = null;
-    const under = (event) => document.elementsFromPoint(event.clientX, event.clientY).map((e) => e.closest(".tier")).find(Boolean) ?? null;
+    const under = (event) => document.elementsFromPoint(event.clientX, event.clientY).filter((e) => e !== chip).map((e) => e.closest(".tier")).find(Boolean) ?? null;
     const mark = (tier) => { over?.classList.remove("over"); over = tier; over?.classList.add("over"); };
     const move = (event) => {
       const [dx, dy] = [event.clientX - down.clientX, event.clientY - down.clientY];
