@@ -75,12 +75,18 @@ def build(path, **options) -> Server:
     ids[name] = labeler.id
   policy = store.add(Policy(author="lab", name=Engine.model, checkpoint="runs/v", lineage={}))
   engine = Engine()
+  app = app_on(store, engine, policy, **options)
+  return Server(store, engine, app, policy, tokens, ids)
+
+
+def app_on(store, engine, policy, **options) -> fastapi.FastAPI:
+  """The labeling page on this store, behind the guard of every server."""
   context = Context(engine=engine, store=store, policy=policy, moderator=None)
   app = fastapi.FastAPI()
   app.include_router(label_page.router(context, **options))
   errors.install(app)
   app.add_middleware(Guard, body_limit=BODY_LIMIT)
-  return Server(store, engine, app, policy, tokens, ids)
+  return app
 
 
 def to_rank(texts=("A", "B", "C", "D"), ask="Where is the mill?", **changes) -> Task:

@@ -7,8 +7,10 @@ import signal
 import threading
 import time
 
+import labeling
 import pytest
 import runs
+from fastapi.testclient import TestClient
 
 from rlhf_jax import asking, experiment, iterate, launch
 from rlhf_jax.data import records as data
@@ -47,29 +49,36 @@ def chat_preference(**changes):
   return Comparison(**values | changes)
 
 
-def rank_by_gold(truth, task):
-  texts = [answer.text for answer in task.answers]
-  ranks = dense_ranks(truth.totals(task.conversation, texts), 0.0)
+def by_gold(truth, given):
+  """Ranks of the answers of an assignment, in the order in which they are shown."""
+  texts = [answer["text"] for answer in given["answers"]]
+  ranks = dense_ranks(truth.totals(Conversation.from_json(given["messages"]), texts), 0.0)
   # A policy of four steps writes nothing of worth; longer is better where the truth is silent.
-  if len(set(ranks)) == 1:
-    ranks = dense_ranks([float(len(text)) for text in texts], 0.0)
-  return [Judgment(rank) for rank in ranks]
+  return ranks if len(set(ranks)) > 1 else dense_ranks([float(len(text)) for text in texts], 0.0)
 
 
 @contextlib.contextmanager
-def person(url, truth, labeler, limit=10**9):
-  """Somebody who ranks every task there is, until the body ends; yields what they have done."""
+def person(url, truth, token):
+  """Somebody who ranks on the labeling page until the body ends; yields the tasks they did."""
   done, is_over = [], threading.Event()
 
   def work():
     with Store.open(url) as store:
-      while not is_over.wait(0.02):
-        found = tasks.next_task(store, labeler, "compare") if len(done) < limit else None
-        if found is not None:
-          judgments = rank_by_gold(truth, found.task)
-          submission = f"{labeler}-{found.task.id}"[-64:]
-          tasks.submit_comparison(store, labeler, found.task.id, judgments, submission=submission)
-          done.append(found.task.id)
+      app = labeling.app_on(store, labeling.Engine(), None)
+      page = TestClient(app, headers={"origin": "http://testserver"})
+      page.post("/label/session", json={"token": token})
+      given = None
+      while not is_over.wait(0.0 if given else 0.2):
+        given = page.post("/label/tasks/next", json={"work": "compare"}).json()["assignment"]
+        if given is None:
+          continue
+        judgments = [None] * len(given["answers"])
+        for answer, rank in zip(given["answers"], by_gold(truth, given)):
+          judgments[answer["place"]] = {"rank": rank}
+        body = {"submission": f"by-ann-{len(done)}", "judgments": judgments, "seconds": 1.0}
+        sent = page.post(f"/label/tasks/{given['task']}/comparison", json=body)
+        assert sent.status_code == 200, sent.text
+        done.append(given["task"])
 
   thread = threading.Thread(target=work)
   thread.start()
@@ -89,15 +98,16 @@ def data_dir(tmp_path_factory):
 def url(tmp_path_factory):
   path = str(tmp_path_factory.mktemp("store") / "feedback.db")
   with Store.open(path, create=True) as store:
-    people.add_labeler(store, "ann", "labeler", author="lab")
     store.add(chat_preference())
     store.add(chat_preference(answers=tuple(Answer("x " * 9, "chat", i) for i in range(9))))
   return path
 
 
-def ann_in(url):
+@pytest.fixture(scope="module")
+def token(url):
+  """Ann's."""
   with Store.open(url) as store:
-    return people.find(store, "ann").id
+    return people.add_labeler(store, "ann", "labeler", author="lab")[1]
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +147,9 @@ def count_tasks(url):
 
 
 @pytest.fixture(scope="module")
-def finished(run, killed, url):
+def finished(run, killed, url, token):
   """The whole run, with ann ranking beside it; returns the lineage and what she did."""
-  with person(url, iterate.gold(run), ann_in(url)) as done:
+  with person(url, iterate.gold(run), token) as done:
     found = iterate.chatgpt(run)
   return found, done
 
@@ -148,17 +158,20 @@ def read(run, path):
   return iterate.read_comparisons(run, path)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_people_rank_asks_nothing_twice(killed):
   _, _, counted = killed
   assert counted == [PROMPTS + HELDOUT] * 2
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_for_people_ends_on_sigterm_and_asks_to_be_started_again(killed):
   status, said, _ = killed
   assert status == launch.REQUEUE
   assert "SIGTERM: stopped while people were ranking" in said
 
 
+@pytest.mark.slow
 def test_two_rounds_train_on_what_a_person_said(run, finished, url):
   found, done = finished
   assert len(found["rounds"]) == 2 and len(done) == len(set(done)) == 2 * (PROMPTS + HELDOUT)
@@ -180,6 +193,7 @@ def test_two_rounds_train_on_what_a_person_said(run, finished, url):
         assert names == {number - 1}
 
 
+@pytest.mark.slow
 def test_a_preference_of_the_chat_is_trained_on_once_and_one_too_long_is_left_out(finished):
   first, second = (entry["comparisons"] for entry in finished[0]["rounds"])
   assert (first["from_elsewhere"], first["left_out"]) == (1, 1)
@@ -187,6 +201,7 @@ def test_a_preference_of_the_chat_is_trained_on_once_and_one_too_long_is_left_ou
   assert "visitor" in first["labelers"] and "visitor" not in second["labelers"]
 
 
+@pytest.mark.slow
 def test_the_store_names_each_record_that_trained_each_model(run, finished, url):
   found, _ = finished
   with Store.open(url) as store:
@@ -203,12 +218,14 @@ def test_the_store_names_each_record_that_trained_each_model(run, finished, url)
   assert origin["round"] == 2 and origin["run"] == "village"
 
 
+@pytest.mark.slow
 def test_held_out_rankings_train_nothing(finished, url):
   heldout = {i for r in finished[0]["rounds"] for i in r["comparisons"]["heldout"]["records"]}
   with Store.open(url) as store:
     assert heldout and not heldout & {use.record for use in lineage.uses(store)}
 
 
+@pytest.mark.slow
 def test_a_model_fitted_again_notes_nothing_twice(run, finished, url):
   with Store.open(url) as store:
     before = store.counts()

@@ -2,7 +2,7 @@
 
 import { Board, dense, letter } from "./board.js";
 import { conversation, el, isTyping, textarea } from "./dom.js";
-import { Work } from "./work.js";
+import { TaskView } from "./task_view.js";
 
 export const KEYS = [
   ["↑ ↓", "Go to the answer above or below"],
@@ -15,21 +15,15 @@ export const KEYS = [
   ["Ctrl + Enter", "Submit"],
 ];
 
-export class Compare {
-  constructor(assignment, { flags, done, skip, failed }) {
-    this.assignment = assignment;
-    this.flags = flags;
-    this.done = done;
-    this.skip = skip;
-    this.failed = failed;
+export class Compare extends TaskView {
+  constructor(assignment, options) {
+    super(assignment, options);
     this.count = assignment.answers.length;
     this.current = 0;
-    this.work = new Work(assignment, (draft) => this.restore(draft), () => this.show(), (state) => this.draft(state));
+    this.flags = options.flags;
     this.build();
     this.show();
   }
-
-  get state() { return this.work.state; }
 
   // Drafts and records are in the task's order, the page in the order shown.
   restore(draft) {
@@ -37,9 +31,9 @@ export class Compare {
     const old = draft.judgments; // as the server keeps what came too late
     const within = (value, most) => (Number.isInteger(value) && value >= 1 && value <= most ? value : null);
     return {
-      ranks: each((p) => within(old ? old[p]?.rank + 1 : draft.ranks?.[p], this.count)),
+      ranks: each((p) => within(old ? old[p]?.rank + 1 : draft.ranks?.[p], this.assignment.answers.length)),
       quality: each((p) => within(old ? old[p]?.quality : draft.quality?.[p], 7)),
-      flags: each((p) => [...(old ? old[p]?.flags : draft.flags?.[p]) ?? []].filter((flag) => flag in this.flags)),
+      flags: each((p) => [...(old ? old[p]?.flags : draft.flags?.[p]) ?? []]),
       note: typeof draft.note === "string" ? draft.note : "",
     };
   }
@@ -54,11 +48,6 @@ export class Compare {
     this.board = new Board(this.count, (i, rank) => this.rank(i, rank), (i) => this.go(i));
     this.cards = assignment.answers.map((answer, i) => this.card(answer, i));
     this.note = textarea({ id: "note", maxlength: 100000, placeholder: "Anything the ranking does not say (optional)", value: this.state.note }, (text) => { this.state.note = text; this.change(); });
-    this.submitButton = el("button", { type: "button", class: "primary", id: "submit", onclick: () => this.submit() }, "Submit ranking");
-    this.missing = el("p", { class: "missing", id: "missing" });
-    this.lost = el("div", { class: "lost", role: "alert", hidden: true },
-      el("p", {}, "This task went to somebody else while you were away. What you did is kept as a draft, and not submitted."),
-      el("button", { type: "button", class: "primary", onclick: () => { this.close(); this.done(); } }, "Next task"));
     this.element = el("div", { class: "compare" },
       el("div", { class: "column" },
         this.lost,
@@ -67,10 +56,7 @@ export class Compare {
         el("section", { class: "answers", "aria-label": "Answers" }, this.cards.map((card) => card.element))),
       el("div", { class: "rail" },
         el("section", { class: "panel", "aria-label": "Ranking" }, el("h2", {}, "Ranking"), el("p", { class: "hint" }, "Drag the letters, or press 1 to 9 on an answer."), this.board.element),
-        el("section", { class: "panel finish" },
-          el("label", { for: "note" }, "Note"), this.note, this.missing,
-          el("div", { class: "actions" }, el("button", { type: "button", class: "plain", id: "skip-button", onclick: () => this.askSkip() }, "Skip"), this.submitButton),
-          this.work.line)));
+        this.finish("Submit ranking", el("label", { for: "note" }, "Note"), this.note)));
   }
 
   card(answer, i) {
@@ -136,9 +122,7 @@ export class Compare {
       summary.textContent = flags[i].length ? `Flags: ${flags[i].length}` : "Flags";
     });
     const left = ranks.flatMap((rank, i) => (rank === null ? [letter(i)] : []));
-    this.missing.textContent = left.length ? `Still to rank: ${left.join(", ")}` : "";
-    this.submitButton.disabled = left.length > 0 || this.work.lost || this.sending;
-    this.lost.hidden = !this.work.lost;
+    this.showEnd(left.length ? `Still to rank: ${left.join(", ")}` : "");
   }
 
   key(event) {
@@ -165,8 +149,6 @@ export class Compare {
     return true;
   }
 
-  askSkip() { this.skip((reason) => this.send("skip", { reason })); }
-
   submit() {
     const { ranks, quality, flags, note } = this.state;
     const judgments = [];
@@ -175,20 +157,5 @@ export class Compare {
     return this.send("comparison", { judgments, note });
   }
 
-  async send(what, body) {
-    this.sending = true;
-    this.show();
-    try {
-      if (await this.work.submit(what, body)) this.done();
-    } catch (problem) {
-      this.failed(problem);
-    } finally {
-      this.sending = false;
-      this.show();
-    }
-  }
-
   focus() { this.cards[0].element.focus({ preventScroll: true }); }
-
-  close() { if (!this.work.over) { this.work.save(); this.work.end(); } }
 }

@@ -2,7 +2,7 @@
 
 import { post } from "./api.js";
 import { conversation, el, isTyping, notice, roleName, textarea } from "./dom.js";
-import { Work } from "./work.js";
+import { TaskView } from "./task_view.js";
 
 export const KEYS = [
   ["Ctrl + Enter", "Next turn, by the other side"],
@@ -15,22 +15,16 @@ export const KEYS = [
 
 const other = (role) => (role === "user" ? "assistant" : "user");
 
-export class Demonstrate {
-  constructor(assignment, { model, done, skip, failed }) {
-    this.assignment = assignment;
-    this.model = model;
-    this.done = done;
-    this.skip = skip;
-    this.failed = failed;
-    this.work = new Work(assignment, (draft) => this.restore(draft), () => this.show());
+export class Demonstrate extends TaskView {
+  constructor(assignment, options) {
+    super(assignment, options);
+    this.model = options.model;
     this.cards = [];
     this.build();
     for (const turn of this.state.turns) this.append(turn);
     if (!this.state.turns.length) this.add();
     this.show();
   }
-
-  get state() { return this.work.state; }
 
   restore(draft) {
     const turns = Array.isArray(draft.turns) ? draft.turns : [];
@@ -41,11 +35,6 @@ export class Demonstrate {
     const { assignment } = this;
     this.list = el("div", { class: "turns" });
     this.addButtons = ["user", "assistant"].map((role) => el("button", { type: "button", class: "plain", id: `add-${role}`, onclick: () => this.add(role) }, `+ ${roleName(role)}'s turn`));
-    this.submitButton = el("button", { type: "button", class: "primary", id: "submit", onclick: () => this.submit() }, "Submit demonstration");
-    this.missing = el("p", { class: "missing", id: "missing" });
-    this.lost = el("div", { class: "lost", role: "alert", hidden: true },
-      el("p", {}, "This task went to somebody else while you were away. What you wrote is kept as a draft, and not submitted."),
-      el("button", { type: "button", class: "primary", onclick: () => { this.close(); this.done(); } }, "Next task"));
     this.element = el("div", { class: "demonstrate" },
       el("div", { class: "column" },
         this.lost,
@@ -53,10 +42,7 @@ export class Demonstrate {
         assignment.messages.length ? conversation(assignment.messages, "The dialogue so far") : null,
         this.list,
         el("div", { class: "add" }, this.addButtons)),
-      el("div", { class: "rail" },
-        el("section", { class: "panel finish" }, this.missing,
-          el("div", { class: "actions" }, el("button", { type: "button", class: "plain", id: "skip-button", onclick: () => this.askSkip() }, "Skip"), this.submitButton),
-          this.work.line)));
+      el("div", { class: "rail" }, this.finish("Submit demonstration")));
   }
 
   // Whose turn comes after the first `n` written ones.
@@ -154,9 +140,7 @@ export class Demonstrate {
     }
     const written = this.written();
     const answers = written.some((turn) => turn.role === "assistant");
-    this.missing.textContent = answers ? "" : "An answer of the assistant is still missing.";
-    this.submitButton.disabled = !answers || this.work.lost || this.sending;
-    this.lost.hidden = !this.work.lost;
+    this.showEnd(answers ? "" : "An answer of the assistant is still missing.");
     const next = this.next(this.state.turns.length);
     this.addButtons.forEach((button, i) => button.classList.toggle("expected", ["user", "assistant"][i] === next));
   }
@@ -175,27 +159,10 @@ export class Demonstrate {
     return true;
   }
 
-  askSkip() { this.skip((reason) => this.send("skip", { reason })); }
-
   submit() {
     const turns = this.written().map(({ role, content, suggestion, suggested_by }) => ({ role, content, suggestion: suggestion ?? null, suggested_by: suggestion ? suggested_by ?? null : null }));
     return this.send("demonstration", { turns });
   }
 
-  async send(what, body) {
-    this.sending = true;
-    this.show();
-    try {
-      if (await this.work.submit(what, body)) this.done();
-    } catch (problem) {
-      this.failed(problem);
-    } finally {
-      this.sending = false;
-      this.show();
-    }
-  }
-
   focus() { this.cards.at(-1)?.area.focus({ preventScroll: true }); }
-
-  close() { if (!this.work.over) { this.work.save(); this.work.end(); } }
 }
