@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import pathlib
 import threading
 import time
 
@@ -41,7 +42,10 @@ def loaded() -> Loaded:
   specials = ("<|pad|>", "<|endoftext|>")
   tokenizer = tokenizer_lib.train_bpe(texts, 300, specials, eos=specials[1], pad=specials[0])
   policy = heads.Policy(tiny.changed(tiny.MODEL, vocab_size=tokenizer.vocab_size))
-  return Loaded("tiny", None, policy, tiny.params(policy, 0), tokenizer, dialogue.PLAIN)
+  params = tiny.params(policy, 0)
+  kernel = params["lm_head"]["kernel"]  # of the EOS, whose chance shall vary a lot
+  params["lm_head"]["kernel"] = kernel.at[:, tokenizer.eos_id].multiply(2.0)
+  return Loaded("tiny", pathlib.Path("tiny"), policy, params, tokenizer, dialogue.PLAIN)
 
 
 def start(room=ROOM, of=None) -> engine_lib.SlotEngine:
@@ -50,8 +54,11 @@ def start(room=ROOM, of=None) -> engine_lib.SlotEngine:
 
 
 @functools.cache
-def _streamer(max_tokens: int, temperature: float, top_p: float) -> stream.Streamer:
-  how = tiny.changed(tiny.SAMPLING, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p)
+def streamer(temperature: float, top_p: float, room=ROOM) -> stream.Streamer:
+  """Answers one prompt at a time, as long as `room` allows."""
+  how = tiny.changed(
+    tiny.SAMPLING, max_new_tokens=room.max_new_tokens, temperature=temperature, top_p=top_p
+  )
   return stream.Streamer(loaded().policy, how, loaded().stops(how), loaded().tokenizer.pad_id)
 
 
@@ -74,10 +81,9 @@ class Alone:
 def alone(request: Request, room=ROOM) -> Alone:
   """The answer to a dialogue by `stream.Streamer`, stop texts aside."""
   prompt = loaded().prompt(request.conversation, room.context)
-  most = min(request.max_tokens or room.max_new_tokens, room.max_new_tokens)
-  streamer = _streamer(most, request.temperature, request.top_p)
-  ids = streamer.ids(loaded().params, prompt, jax.random.key(request.seed))
-  return Alone(prompt, list(ids))
+  alone = streamer(request.temperature, request.top_p, room)
+  ids = list(alone.ids(loaded().params, prompt, jax.random.key(request.seed)))
+  return Alone(prompt, ids[: request.max_tokens])
 
 
 def until(condition, seconds=20.0):

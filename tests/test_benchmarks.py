@@ -62,6 +62,15 @@ def test_an_iteration_of_ppo_is_split_into_its_phases():
   assert whole <= found["seconds"]["median"] <= whole + 1.0
 
 
+def test_served_answers_are_those_of_each_request_alone():
+  found = run("serve", "--clients=6", "--slots=4", "--prompt=8", "--response=8", "--columns=2")
+  assert found["same_answers"] == 1.0
+  (row,) = found["at_once"].values()
+  assert row["tokens"] == found["alone"]["tokens"] > 6
+  assert found["ratio"]["median"] == pytest.approx(row["rate"] / found["alone"]["rate"])
+  assert 0 < row["first_token"]["p50"] <= row["total"]["p50"] <= row["total"]["p99"]
+
+
 def test_a_comparison_alternates_and_puts_each_row_beside_the_best_peer(benchmark, tmp_path, capsys,
                                                                         monkeypatch):  # fmt: skip
   script = tmp_path / "writes.py"

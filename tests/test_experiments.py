@@ -4,7 +4,10 @@ import io
 import json
 import pathlib
 import shutil
+import signal
+import sqlite3
 
+import httpx
 import jax
 import numpy as np
 import pytest
@@ -12,10 +15,12 @@ import runs
 
 from rlhf_jax import chat, launch
 from rlhf_jax.data.records import Comparison, from_json
+from rlhf_jax.serving import load
+from rlhf_jax.text.messages import Message
 from rlhf_jax.training import metrics
 
 STAGES = ("sft", "label", "reward", "ppo")
-EXPERIMENTS = (*STAGES, "chatgpt", "evaluate", "chat")
+EXPERIMENTS = (*STAGES, "chatgpt", "evaluate", "chat", "serve")
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +256,55 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_chat():
 
 
 def test_a_message_that_cannot_be_answered_is_taken_back(whole):
-  speaker = chat.of_run(whole, "newest", runs.sampling(4), context=12)
+  speaker = chat.speaker_of(load.of_run(whole, "newest"), runs.sampling(4), context=12)
   messages, out = hold(speaker, "Where does Alice live? " * 9, "Where does Alice live?")
   assert "error: a conversation needs" in out
   assert [role for role, _ in messages] == ["user", "assistant"]
+
+
+def test_serve_answers_as_chat_does_registers_the_policy_and_ends_on_sigterm(whole, tmp_path):
+  db = tmp_path / "records.sqlite"
+  sizes = ("--slots=2", "--context=64", "--max_new_tokens=6", "--columns=2")
+  process = runs.start("serve", f"--workdir={whole}", "--port=0", f"--db={db}", *sizes, devices=1)
+  try:
+    said = []
+    while not said or "/metrics" not in said[-1]:
+      said.append(process.stdout.readline())
+      assert said[-1], process.stderr.read()
+    (url,) = (line.split()[-1] for line in said if "/v1" in line)
+    dialogue = {"model": "whole-round_1", "messages": [{"role": "user", "content": "Hello"}]}
+    answer = httpx.post(f"{url}/chat/completions", json=dialogue | {"temperature": 0}, timeout=60)
+    assert answer.status_code == 200
+    speaker = chat.speaker_of(
+      load.of_run(whole, "newest"), runs.sampling(6, temperature=0.0), context=64
+    )
+    spoken = "".join(speaker.answer((Message("user", "Hello"),), jax.random.key(0)))
+    assert answer.json()["choices"][0]["message"]["content"] == spoken
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0, process.stderr.read()
+  finally:
+    process.kill()
+    process.wait()
+  with sqlite3.connect(db) as read:
+    (row,) = read.execute("SELECT name, checkpoint, lineage FROM policies")
+  assert row[:2] == ("whole-round_1", str(whole / "round_1/ppo/policy"))
+  assert json.loads(row[2])["parents"]["reward_model"] == "round_1/reward/reward_model"
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    (["--host=0.0.0.0"], "others can reach 0.0.0.0: make a key"),
+    (["--keys=/nowhere.json"], "/nowhere.json holds no key"),
+    (["--slots=0"], "--slots must be at least 1"),
+    (["--port=99999"], "cannot listen at 127.0.0.1, port 99999"),
+    (["--policy=round_7/ppo/policy"], "there are: sft/policy, round_1/ppo"),
+  ],
+)
+def test_serve_says_what_is_wrong_before_it_compiles(args, message, whole, capsys):
+  module = runs.experiment("serve")
+  with pytest.raises(SystemExit) as ended:
+    launch.run(
+      module.main, [f"--workdir={whole}", *args], options=module.OPTIONS, needs=("workdir",)
+    )
+  assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -87,7 +87,7 @@ class Work:
       "system_fingerprint": self.filter.context.policy,
       "choices": choices,
       **more,
-      **({"moderation": self.filter.actions} if self.filter.is_on else {}),
+      **({"filter": self.filter.actions} if self.filter.is_on else {}),
     }
 
 
@@ -108,6 +108,10 @@ async def respond(
   settle = lambda: caller.give_back("tokens", charged - work.usage["total_tokens"])
   headers = {"x-moderation": filter.actions["input"]} if filter.is_on and texts else {}
   if asked.stream:
+    headers |= {
+      "cache-control": "no-store",
+      "x-accel-buffering": "no",
+    }  # proxies pass it on at once
     return EventStream(_events(work, settle), headers=headers, media_type="text/event-stream")
   try:
     found = await unless_gone(http, _whole(work))

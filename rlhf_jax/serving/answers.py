@@ -7,16 +7,18 @@ from collections.abc import AsyncIterator, Callable, Iterable
 
 from rlhf_jax.serving.context import FinishReason, Piece, Request
 from rlhf_jax.serving.wording import Wording
+from rlhf_jax.types import UserError
 
-COLDEST = 1e-6  # temperatures below are greedy
+COLDEST, HOTTEST = 1e-6, 100.0  # temperatures below the first are greedy
+MOST_STOPS, LONGEST_STOP = 16, 1_000  # stop texts, and characters of one
 
 
 class SlotAnswer:
   """One answer; see `context.Answer`.
 
-  The engine's thread calls `take` and `end`; the reader iterates. Ids cross over in a deque, whose
-  ends are safe from two threads, and `wake` says that there are new ones. Times are those of
-  `time.monotonic`; None until they come.
+  The engine's thread calls `take` and at last sets `reason`; the reader iterates. Ids cross over in
+  a deque, whose ends are safe from two threads, and `wake` says that there are new ones. Times are
+  those of `time.monotonic`; None until they come.
   """
 
   def __init__(
@@ -64,11 +66,6 @@ class SlotAnswer:
     self.drawn += len(ids)
     shown = len(ids) - ended_by_token
     self._arrived.append((ids[:shown], logprobs[:shown], int(ended_by_token)))
-
-  def end(self, reason: FinishReason) -> None:
-    """The engine has no more to hand over."""
-    self.ended_at = time.monotonic()
-    self.reason = reason
 
   async def __aiter__(self) -> AsyncIterator[Piece]:
     event = asyncio.Event()
@@ -130,3 +127,22 @@ def wake(answers: Iterable[SlotAnswer]) -> None:
 def _set_all(events: list[asyncio.Event]) -> None:
   for event in events:
     event.set()
+
+
+def check(request: Request) -> None:
+  """Raises a UserError for settings that no answer can be drawn with."""
+  if not 0.0 <= request.temperature <= HOTTEST:
+    raise UserError(f"temperature is 0 (greedy) to {HOTTEST:g}, got {request.temperature}.")
+  if not 0.0 < request.top_p <= 1.0:
+    raise UserError(
+      f"top_p is above 0 and at most 1, got {request.top_p}; use temperature 0 for greedy."
+    )
+  if request.max_tokens is not None and request.max_tokens < 1:
+    raise UserError(f"max_tokens is at least 1, got {request.max_tokens}.")
+  if len(request.stop) > MOST_STOPS or not all(1 <= len(t) <= LONGEST_STOP for t in request.stop):
+    raise UserError(
+      f"there may be {MOST_STOPS} stop texts of 1 to {LONGEST_STOP} characters each; got "
+      f"{len(request.stop)}, of {[len(text) for text in request.stop]} characters."
+    )
+  if request.seconds is not None and not request.seconds > 0:
+    raise UserError(f"the seconds that an answer may take are above 0, got {request.seconds}.")

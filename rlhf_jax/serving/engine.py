@@ -28,16 +28,14 @@ import numpy as np
 from rlhf_jax.generation.sampling import SamplingConfig
 from rlhf_jax.generation.slots import Admission, SlotDecoder
 from rlhf_jax.parallel import rules
-from rlhf_jax.serving.answers import SlotAnswer, wake
-from rlhf_jax.serving.context import Overloaded, Request, Unavailable
+from rlhf_jax.serving.answers import SlotAnswer, check, wake
+from rlhf_jax.serving.context import FinishReason, Overloaded, Request, Unavailable
 from rlhf_jax.serving.load import Loaded
 from rlhf_jax.serving.wording import Wording
 from rlhf_jax.text.messages import check_text
 from rlhf_jax.types import Params, UserError
 
 GROUP = 4  # prompts that are read at once; more make those who are being answered wait longer
-HOTTEST = 100.0
-MOST_STOPS, LONGEST_STOP = 16, 1_000  # stop texts, and characters of one
 RETRY_SECONDS = 2.0  # between attempts to get a failing device back
 log = logging.getLogger(__name__)
 
@@ -98,7 +96,8 @@ class SlotEngine:
   def __init__(self, loaded: Loaded, params: Params, decoder: SlotDecoder, queue: int):
     self.model = loaded.name
     self.loaded, self.decoder, self.queue = loaded, decoder, queue
-    self.on_end: list[Callable[[SlotAnswer], None]] = []  # told of every answer that is over
+    # Told of every answer that is over, and why, before its reader is.
+    self.on_end: list[Callable[[SlotAnswer, FinishReason], None]] = []
     self.failures = 0  # calls to the device that raised
     self._params = params
     # Stop tokens of a config are a habit of its training; whoever chats ends at EOS, as chat.py.
@@ -273,7 +272,7 @@ class SlotEngine:
     with self._changed:
       for answer in [*self._waiting, *self._busy.values()]:
         if answer.cancelled:
-          over[answer] = "cancelled"
+          over[answer] = answer.finish_reason or "cancelled"  # its reader may have met a stop text
         elif answer.deadline is not None and now >= answer.deadline:
           over[answer] = "deadline"
       for answer in over:
@@ -289,36 +288,17 @@ class SlotEngine:
         self._waiting.clear()
     self._end(dict.fromkeys(over, "error"))
 
-  def _end(self, over: dict[SlotAnswer, str]) -> None:
+  def _end(self, over: dict[SlotAnswer, FinishReason]) -> None:
     """Frees the slots of these answers and tells their readers why they are over."""
     if not over:
       return
     with self._changed:
       self._busy = {slot: a for slot, a in self._busy.items() if a not in over}
     for answer, reason in over.items():
-      answer.end(reason)
+      answer.ended_at = time.monotonic()
       if answer.admitted_at is not None:
         self._seconds += 0.1 * (answer.ended_at - answer.admitted_at - self._seconds)
-    wake(over)
-    for answer in over:
       for tell in self.on_end:
-        tell(answer)
-
-
-def check(request: Request) -> None:
-  """Raises a UserError for settings that no answer can be drawn with."""
-  if not 0.0 <= request.temperature <= HOTTEST:
-    raise UserError(f"temperature is 0 (greedy) to {HOTTEST:g}, got {request.temperature}.")
-  if not 0.0 < request.top_p <= 1.0:
-    raise UserError(
-      f"top_p is above 0 and at most 1, got {request.top_p}; use temperature 0 for greedy."
-    )
-  if request.max_tokens is not None and request.max_tokens < 1:
-    raise UserError(f"max_tokens is at least 1, got {request.max_tokens}.")
-  if len(request.stop) > MOST_STOPS or not all(1 <= len(t) <= LONGEST_STOP for t in request.stop):
-    raise UserError(
-      f"there may be {MOST_STOPS} stop texts of 1 to {LONGEST_STOP} characters each; got "
-      f"{len(request.stop)}, of {[len(text) for text in request.stop]} characters."
-    )
-  if request.seconds is not None and not request.seconds > 0:
-    raise UserError(f"the seconds that an answer may take are above 0, got {request.seconds}.")
+        tell(answer, reason)
+      answer.reason = reason
+    wake(over)

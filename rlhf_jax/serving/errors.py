@@ -1,6 +1,7 @@
 """Errors in OpenAI's shape, for every route: {"error": {"message", "type", "param", "code"}}."""
 
 import json
+import re
 from typing import Any
 
 import fastapi
@@ -19,6 +20,7 @@ TYPES = {
   503: "server_error",
 }
 CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded"}
+UNION_MEMBER = re.compile(r"str|int|.*[\[(].*")  # what pydantic puts between the names of fields
 
 
 class BadField(UserError):
@@ -67,9 +69,9 @@ async def _user_error(request, error: UserError) -> Response:
 
 
 async def _bad_request(request, error: RequestValidationError) -> Response:
-  """The first of the fields that are wrong."""
-  first = error.errors()[0]
-  place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+  """One of the fields that are wrong: the innermost, as of a union each member has complained."""
+  first = max(error.errors(), key=lambda one: len(one["loc"]))
+  place = [str(part) for part in first["loc"][1:] if not UNION_MEMBER.fullmatch(str(part))]
   if first["type"] == "json_invalid":
     return response(422, "the body is no JSON.", code="invalid_json")
   param = ".".join(place) or None

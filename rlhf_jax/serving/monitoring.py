@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_jax.serving.answers import SlotAnswer
+from rlhf_jax.serving.context import FinishReason
 from rlhf_jax.serving.engine import Status
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -62,9 +63,9 @@ class Metrics:
     gauge("rlhf_healthy", "1 where it answers.").set_function(lambda: float(status().healthy))
     gauge("rlhf_device_failures", "Device calls that raised.").set_function(lambda: engine.failures)
 
-  def _ended(self, answer: SlotAnswer) -> None:
+  def _ended(self, answer: SlotAnswer, reason: FinishReason) -> None:
     """Called in the engine's thread, once an answer."""
-    self.answers.labels(answer.finish_reason or answer.reason).inc()
+    self.answers.labels(reason).inc()
     self.tokens.inc(answer.drawn)
     if answer.admitted_at is not None:
       self.prompt_tokens.inc(answer.prompt_tokens)

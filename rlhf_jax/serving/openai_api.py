@@ -20,23 +20,28 @@ from rlhf_jax.types import UserError
 
 MOST_AT_ONCE = 64  # answers of one request
 
+KNOWN = {
+  401: "The API key is missing or wrong.",
+  404: "There is no such model.",
+  413: "The body is too large.",
+  422: "A field is wrong or not supported.",
+  429: "The key has used up its requests or tokens of this minute.",
+  500: "The device failed, or the server made a mistake.",
+  503: "As many wait as may; see Retry-After.",
+}
+
 
 def router(context: Context, seconds: float | None = None) -> fastapi.APIRouter:
   """The routes; an answer ends, as with "length", after so many seconds."""
-  known = {
-    code: {"description": text}
-    for code, text in {
-      401: "The API key is missing or wrong.",
-      404: "There is no such model.",
-      413: "The body is too large.",
-      422: "A field is wrong or not supported.",
-      429: "The key has used up its requests or tokens of this minute.",
-      503: "As many wait as may; see Retry-After.",
-    }.items()
-  }
-  routes = fastapi.APIRouter(prefix="/v1", responses=known)
-  created = int(time.time())
+  responses = {code: {"description": text} for code, text in KNOWN.items()}
+  routes = fastapi.APIRouter(prefix="/v1", responses=responses)
+  _add_answers(routes, context, seconds)
+  _add_models(routes, context.engine.model)
+  _add_moderations(routes, context)
+  return routes
 
+
+def _add_answers(routes: fastapi.APIRouter, context: Context, seconds: float | None) -> None:
   @routes.post("/chat/completions", tags=["chat"])
   async def chat(body: ChatBody, http: HttpRequest) -> Response:
     """Answers a dialogue."""
@@ -57,17 +62,23 @@ def router(context: Context, seconds: float | None = None) -> fastapi.APIRouter:
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     return await answering.respond(asked, _filter(context, http), texts, TEXT, http)
 
+
+def _add_models(routes: fastapi.APIRouter, name: str) -> None:
+  served = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "rlhf_jax"}
+
   @routes.get("/models", tags=["models"])
   def models() -> dict:
     """The policy that is served."""
-    return {"object": "list", "data": [_model(context.engine.model, created)]}
+    return {"object": "list", "data": [served]}
 
   @routes.get("/models/{model:path}", tags=["models"])
   def model(model: str) -> dict:
     """The same, by its name."""
-    _check_model(context, model)
-    return _model(model, created)
+    _check_model(name, model)
+    return served
 
+
+def _add_moderations(routes: fastapi.APIRouter, context: Context) -> None:
   @routes.post("/moderations", tags=["moderations"])
   async def moderations(body: ModerationBody) -> Response:
     """What kinds of undesired content texts hold."""
@@ -85,8 +96,6 @@ def router(context: Context, seconds: float | None = None) -> fastapi.APIRouter:
       }
     )
 
-  return routes
-
 
 def _result(verdict) -> dict:
   """A verdict as OpenAI writes it."""
@@ -97,17 +106,13 @@ def _result(verdict) -> dict:
   }
 
 
-def _model(name: str, created: int) -> dict:
-  return {"id": name, "object": "model", "created": created, "owned_by": "rlhf_jax"}
-
-
-def _check_model(context: Context, name: str) -> None:
-  if name != context.engine.model:
-    raise answering.NoModel(f"there is no model {name!r:.200}; this is {context.engine.model!r}.")
+def _check_model(served: str, asked: str) -> None:
+  if asked != served:
+    raise answering.NoModel(f"there is no model {asked!r:.200}; this server has {served!r}.")
 
 
 def _check(context: Context, body: Sampling) -> None:
-  _check_model(context, body.model)
+  _check_model(context.engine.model, body.model)
   body.check()
 
 

@@ -1,0 +1,177 @@
+"""Serving: many streaming clients at once against the same requests one at a time.
+
+  python benchmarks/serve.py --model=tiny [--clients=200] [--slots=32] [--columns=4]
+    [--prompt=64] [--response=64]
+
+Every client is a connection to a server on loopback and reads its stream to the end. One at a time
+is on a server of one slot, the fastest for that; answers are compared between the two. Weights are
+random, and an answer ends early where the EOS is drawn. Seconds are those that clients see: HTTP,
+JSON and the text of the tokens included.
+"""
+
+import common
+
+if __name__ == "__main__":
+  common.prepare()
+
+import asyncio
+import contextlib
+import json
+import pathlib
+import sys
+import tempfile
+import threading
+import time
+
+import httpx
+import numpy as np
+import tokenizers
+import uvicorn
+
+from rlhf_jax.feedback.store import Store
+from rlhf_jax.serving import engine as engine_lib
+from rlhf_jax.serving.app import Settings, create_app
+from rlhf_jax.serving.context import Context
+from rlhf_jax.serving.load import Loaded
+from rlhf_jax.text import dialogue
+from rlhf_jax.text.tokenizer import Tokenizer
+
+
+def main():
+  given = common.arguments(
+    __doc__,
+    clients=(200, "requests, all sent at once"),
+    slots=(32, "answers under way at once"),
+    columns=(4, "tokens that one call draws for every slot"),
+    prompt=(64, "tokens of a prompt"),
+    response=(64, "tokens of an answer at most"),
+  )
+  networks = common.networks(given.model, given.models, dtype=given.dtype)
+  vocabulary = networks.policy.config.vocab_size
+  loaded = Loaded(
+    "bench",
+    pathlib.Path("bench"),
+    networks.policy,
+    networks.policy_params,
+    words(vocabulary),
+    dialogue.VILLAGE,
+  )
+  draw = np.random.default_rng(0)
+  bodies = [
+    {
+      "model": "bench",
+      "prompt": draw.integers(common.FIRST_ID, vocabulary, given.prompt).tolist(),
+      "max_tokens": given.response,
+      "seed": seed,
+      "stream": True,
+      "stream_options": {"include_usage": True},
+    }
+    for seed in range(given.clients)
+  ]
+  room = lambda slots: engine_lib.Room(
+    slots, given.clients, given.columns, given.prompt, given.response
+  )
+  found = measure(loaded, room(given.slots), room(1), bodies, given.repeats)
+  for name, row in (found["at_once"] | {"alone": found["alone"]}).items():
+    sys.stderr.write(f"{name}: {json.dumps(row)}\n")
+  kind = {"kind": "serve", "peer": "rlhf_jax", "model": given.model, "dtype": given.dtype}
+  sizes = {name: getattr(given, name) for name in ("clients", "slots", "columns")}
+  common.report(given.out, kind | sizes | found)
+
+
+def words(count: int) -> Tokenizer:
+  """A vocabulary of so many words, two of them special."""
+  names = ["<pad>", "<end>", "<unk>", *(f"w{i}" for i in range(common.FIRST_ID, count))]
+  model = tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>")
+  backend = tokenizers.Tokenizer(model)
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  special = [tokenizers.AddedToken(name, special=True) for name in names[:3]]
+  backend.add_special_tokens(special)
+  return Tokenizer(backend, eos="<end>", pad="<pad>", bos=None)
+
+
+def measure(loaded: Loaded, many, single, bodies: list[dict], repeats: int) -> dict:
+  """All requests at once, `repeats` times; then one after the other on a server of one slot."""
+  at_once = {}
+  with serving(loaded, many) as url:
+    asyncio.run(ask(url, bodies[:2], together=True))  # connections, imports
+    for number in range(repeats):
+      common.wait_for_quiet()
+      at_once[f"run_{number}"], texts = asyncio.run(ask(url, bodies, together=True))
+  with serving(loaded, single) as url:
+    asyncio.run(ask(url, bodies[:2], together=True))
+    common.wait_for_quiet()
+    alone, expected = asyncio.run(ask(url, bodies, together=False))
+  rates = [row["rate"] for row in at_once.values()]
+  return {
+    "unit": "tokens/s",
+    "rate": common.spread(rates),
+    "ratio": common.spread([rate / alone["rate"] for rate in rates]),
+    "same_answers": sum(map(str.__eq__, texts, expected)) / len(texts),
+    "at_once": at_once,
+    "alone": alone,
+  }
+
+
+async def ask(url: str, bodies: list[dict], together: bool) -> tuple[dict, list[str]]:
+  """Seconds and texts of all requests."""
+  limits = httpx.Limits(max_connections=len(bodies))
+  async with httpx.AsyncClient(timeout=600.0, limits=limits) as client:
+    began = time.perf_counter()
+    if together:
+      done = await asyncio.gather(*(one(client, url, body) for body in bodies))
+    else:
+      done = [await one(client, url, body) for body in bodies]
+    seconds = time.perf_counter() - began
+  tokens = sum(item["tokens"] for item in done)
+  return {
+    "seconds": seconds,
+    "tokens": tokens,
+    "rate": tokens / seconds,
+    "first_token": percentiles([item["first"] for item in done]),
+    "total": percentiles([item["total"] for item in done]),
+  }, [item["text"] for item in done]
+
+
+async def one(client: httpx.AsyncClient, url: str, body: dict) -> dict:
+  """A stream from the request to its last event."""
+  began, first, text = time.perf_counter(), None, ""
+  async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+    assert answer.status_code == 200, await answer.aread()
+    async for line in answer.aiter_lines():
+      if not line.startswith("data: {"):
+        continue
+      event = json.loads(line.removeprefix("data: "))
+      if event["choices"]:
+        first = first or time.perf_counter() - began
+        text += event["choices"][0]["text"]
+      else:
+        tokens = event["usage"]["completion_tokens"]
+  return {"first": first, "total": time.perf_counter() - began, "text": text, "tokens": tokens}
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+  """What half, 95 and 99 of a hundred clients did not have to wait longer than."""
+  return {f"p{q}": float(np.percentile(seconds, q)) for q in (50, 95, 99)}
+
+
+@contextlib.contextmanager
+def serving(loaded: Loaded, room: engine_lib.Room):
+  """A server on a free port of loopback; yields its URL."""
+  engine = engine_lib.start(loaded, room)
+  with tempfile.TemporaryDirectory() as folder:
+    with Store.open(f"{folder}/records.sqlite", create=True) as store:
+      app = create_app(Context(engine, store, None, None), Settings())
+      server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
+      thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+      thread.start()
+      while not server.started:
+        time.sleep(0.01)
+      yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+      server.should_exit = True
+      thread.join(10.0)
+  engine.stop(grace=0.0)
+
+
+if __name__ == "__main__":
+  main()
