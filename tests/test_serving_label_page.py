@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import threading
+import types
 
 import labeling
 import pytest
@@ -382,7 +383,8 @@ def test_a_dialogue_that_was_begun_is_gone_on_with(server, browser):
   assert [t.content for t in record.turns] == [*said, "North."]
 
 
-def test_the_users_side_is_asked_as_the_template_writes_it(tmp_path):
+@pytest.mark.parametrize("told_by", ["the caller", "the engine"])
+def test_the_users_side_is_asked_as_the_template_writes_it(tmp_path, told_by):
   class Letters:
     """A tokenizer whose ids can be read: special texts as they are, others letter by letter."""
 
@@ -391,6 +393,9 @@ def test_the_users_side_is_asked_as_the_template_writes_it(tmp_path):
     encode = staticmethod(list)
 
   server = labeling.build(tmp_path / "f.db", template=VILLAGE, tokenizer=Letters())
+  if told_by == "the engine":
+    server.engine.loaded = types.SimpleNamespace(template=VILLAGE, tokenizer=Letters())
+    server.app = labeling.app_on(server.store, server.engine, server.policy)
   client = TestClient(server.app, headers=HERE)
   client.post("/label/session", json={"token": server.tokens["ann"]})
   task = server.store.add(labeling.to_write(("user", "Hi"), ("assistant", "Yo")))

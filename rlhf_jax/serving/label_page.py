@@ -49,10 +49,14 @@ def router(
 
   Args:
     context: the store, and who makes suggestions.
-    template: of the served policy, with `tokenizer`: how it is asked to write as the user.
+    template: of the served policy, with `tokenizer`: how it is asked to write as the user. Without
+      them the engine is asked for those of what it has loaded.
     tokenizer: see `template`.
     lease_seconds: how long a task stays with somebody whose page is closed.
   """
+  loaded = getattr(context.engine, "loaded", None)  # not every engine tells
+  if template is None and loaded is not None:
+    template, tokenizer = loaded.template, loaded.tokenizer
   routes = APIRouter(prefix="/label", tags=["label"])
   sessions = Sessions(context.store)
   _add_page(routes)
