@@ -147,7 +147,17 @@ def common() -> ConfigDict:
     sampling=sampling,
   )
   config.gold = "reward_model"
+  config.labeler = "simulated"  # or "store": people
   config.labelers = labelers()
+  config.store = dict(
+    url="feedback.db",  # or postgresql://USER@HOST/NAME
+    overlap=1,  # InstructGPT's comparisons are by one person each
+    wait="wait",  # for all rankings, or "take" those that are there
+    earlier=True,
+    fewest=1,
+    poll_seconds=5.0,
+    timeout_hours=None,
+  )
   config.reward = dict(
     num_epochs=1,  # InstructGPT, appendix C.2: more overfits
     max_train=None,

@@ -198,6 +198,7 @@ def common() -> ConfigDict:
   )
   config.gold = "reward_model"
   config.gold_model = reward(9e-6, final_fraction=0.1, sequence_length=2_048)
+  config.labeler = "simulated"  # or "store": people, on the labeling page
   config.labelers = dict(
     seed=0,
     labelers=1,
@@ -206,6 +207,15 @@ def common() -> ConfigDict:
     length_bias=0.0,
     tie_margin=0.0,
     flip_rate=0.0,
+  )
+  config.store = dict(
+    url="feedback.db",  # or postgresql://USER@HOST/NAME
+    overlap=1,  # InstructGPT's comparisons are by one person each
+    wait="wait",  # for all rankings, or "take" those that are there
+    earlier=True,
+    fewest=1,
+    poll_seconds=5.0,
+    timeout_hours=None,
   )
   config.evaluation = dict(prompts=512, examples=24)
   config.checkpoints = dict(keep=2, keep_every=None, background=True)

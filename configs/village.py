@@ -47,6 +47,7 @@ def standard() -> ConfigDict:
   config.comparisons = comparisons()
   config.gold = "village"
   config.gold_model = None
+  config.labeler = "simulated"  # or "store": people, on the labeling page
   config.labelers = dict(
     seed=0,
     labelers=3,
@@ -55,6 +56,15 @@ def standard() -> ConfigDict:
     length_bias=0.0,
     tie_margin=0.0,
     flip_rate=0.0,
+  )
+  config.store = dict(
+    url="feedback.db",  # or postgresql://USER@HOST/NAME
+    overlap=1,  # InstructGPT's comparisons are by one person each
+    wait="wait",  # for all rankings, or "take" those that are there
+    earlier=True,
+    fewest=1,
+    poll_seconds=5.0,
+    timeout_hours=None,
   )
 
   config.reward = dict(

@@ -4,6 +4,8 @@
 
 Killed anywhere, the same command goes on, and ends with the same numbers. It prints what each
 policy is worth, and writes workdir/report.html and workdir/lineage.json.
+
+With --config.labeler=store, people rank in the place of simulated labelers: docs/feedback.md.
 """
 
 from rlhf_jax import launch

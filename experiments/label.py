@@ -6,6 +6,8 @@ Takes dialogues, picks one assistant turn of each at random, samples `comparison
 alternatives to it, and has them ranked. They go to workdir/round_N/comparisons/train.jsonl and
 heldout.jsonl, one record a line, where N is the first round without a PPO policy; who ranked and
 which policy wrote stands in each. Next: experiments/reward.py.
+
+With --config.labeler=store people rank, on the labeling page, and this waits for them.
 """
 
 from rlhf_jax import launch

@@ -35,6 +35,15 @@ class ComparisonConfig:
   sampling: SamplingConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class Unranked:
+  """Answers to one prompt before anybody has ranked them."""
+
+  conversation: Conversation
+  responses: tuple[str, ...]  # [K], or K + 1 with the original
+  authors: tuple[str, ...]  # who wrote each
+
+
 class Labeler(Protocol):
   """Who ranks; see `labelers/`."""
 
@@ -85,6 +94,29 @@ def draw_prompts(
   return chosen[:count]
 
 
+def sample(
+  config: ComparisonConfig,
+  responder: Responder,
+  params: Params,
+  prompts: Sequence[tuple[Conversation, str | None]],
+  key: jax.Array,
+  *,
+  author: str,
+) -> list[Unranked]:
+  """Samples K alternatives to each prompt; the arguments are those of `collect`."""
+  K = config.responses
+  replies = responder.respond(params, [conversation for conversation, _ in prompts], key)
+  found = []
+  for i, (conversation, original) in enumerate(prompts):
+    answers = [reply.text for reply in replies[i * K : (i + 1) * K]]
+    authors = [author] * K
+    if config.include_original:
+      answers.append(original)
+      authors.append("original")
+    found.append(Unranked(conversation, tuple(answers), tuple(authors)))
+  return found
+
+
 def collect(
   config: ComparisonConfig,
   responder: Responder,
@@ -106,24 +138,22 @@ def collect(
     labelers: take turns; each ranks whole prompts.
     author: which policy answers, as the records will say.
   """
-  K = config.responses
-  replies = responder.respond(params, [conversation for conversation, _ in prompts], key)
-  collected = []
-  for i, (conversation, original) in enumerate(prompts):
-    answers = [reply.text for reply in replies[i * K : (i + 1) * K]]
-    authors = [author] * K
-    if config.include_original:
-      answers.append(original)
-      authors.append("original")
+  return rank(sample(config, responder, params, prompts, key, author=author), labelers, author)
+
+
+def rank(asked: Sequence[Unranked], labelers: Sequence[Labeler], source: str) -> list[Comparison]:
+  """Comparisons by labelers who take turns."""
+  ranked = []
+  for i, unranked in enumerate(asked):
     labeler = labelers[i % len(labelers)]
-    collected.append(
+    ranked.append(
       Comparison(
-        conversation=conversation,
-        responses=tuple(answers),
-        ranks=labeler.rank(conversation, answers),
-        authors=tuple(authors),
+        conversation=unranked.conversation,
+        responses=unranked.responses,
+        ranks=labeler.rank(unranked.conversation, unranked.responses),
+        authors=unranked.authors,
         labeler=labeler.name,
-        source=author,
+        source=source,
       )
     )
-  return collected
+  return ranked

@@ -19,6 +19,7 @@ from rlhf_jax import config as config_lib
 from rlhf_jax.config import Count, PositiveInt
 from rlhf_jax.data import rows, sources, village
 from rlhf_jax.data.records import Demonstration, Text
+from rlhf_jax.feedback.rounds import StoreConfig
 from rlhf_jax.generation.respond import Responder
 from rlhf_jax.generation.sampling import SamplingConfig, find_stops
 from rlhf_jax.labelers.simulated import LabelerConfig
@@ -36,7 +37,8 @@ from rlhf_jax.types import Params, UserError
 # Special tokens of a tokenizer that is trained here, whichever template the run uses.
 TRAINED_SPECIALS = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
-CHANGES_NO_RESULT = ("checkpoints", "profile")  # sections
+# Sections: what is kept, what is traced, and where and how long people are asked.
+MAY_CHANGE = ("checkpoints", "profile", "store")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,9 @@ class ExperimentConfig:
   comparisons: comparisons.ComparisonConfig
   gold: Literal["village", "reward_model"]  # where the true reward comes from
   gold_model: reward.RewardConfig | None  # how that reward model is fitted to people's comparisons
+  labeler: Literal["simulated", "store"]  # who ranks: `labelers`, or people, through `store`
   labelers: LabelerConfig
+  store: StoreConfig
   reward: reward.RewardConfig
   ppo: PPOConfig
   evaluation: EvaluationConfig
@@ -237,10 +241,11 @@ def check_workdir(config: ExperimentConfig, workdir: pathlib.Path) -> None:
 def differs(config: ExperimentConfig, workdir: pathlib.Path) -> list[str]:
   """The keys in which `config` is another than the one that `workdir` was begun with.
 
-  What is traced and which checkpoints stay may differ: these change no result.
+  What is traced and which checkpoints stay may differ, since these change no result, and how people
+  are asked, since they are not in the config's hands.
   """
   old, new = files.read_json(workdir / "config.json"), config_lib.to_dict(config)
-  results_of = lambda sections: {k: v for k, v in sections.items() if k not in CHANGES_NO_RESULT}
+  results_of = lambda sections: {k: v for k, v in sections.items() if k not in MAY_CHANGE}
   return config_lib.differences(results_of(old), results_of(new))
 
 

@@ -7,21 +7,22 @@ seed, the phase and the step. `lineage.json` says what was made from what.
 
   workdir/sft/                  policy/
   workdir/gold/                 reward_model/          where a reward model plays the people
-  workdir/round_1/comparisons/  train.jsonl, heldout.jsonl
+  workdir/round_1/comparisons/  train.jsonl, heldout.jsonl; what people were asked, if they were
   workdir/round_1/reward/       reward_model/
   workdir/round_1/before/                              what the policy is like before PPO ...
   workdir/round_1/ppo/          policy/, policy_last/
   workdir/round_1/after/                               ... and after it
 """
 
+import functools
 import json
 import pathlib
 from typing import Any
 
-from rlhf_jax import comparisons, phases, rollout
+from rlhf_jax import asking, comparisons, feeds, phases, rollout
 from rlhf_jax import config as config_lib
 from rlhf_jax.data import records, village
-from rlhf_jax.data.records import Comparison, Demonstration
+from rlhf_jax.data.records import Comparison, Demonstration, Split
 from rlhf_jax.evaluation import measure
 from rlhf_jax.experiment import Run
 from rlhf_jax.labelers import gold as gold_lib
@@ -74,23 +75,25 @@ def gold(run: Run) -> gold_lib.Gold:
 
 
 def compare(run: Run, round_name: str, policy: str, truth: gold_lib.Gold) -> Result:
-  """Fresh comparisons of the current policy's answers, ranked by the panel of labelers."""
+  """Fresh comparisons of the current policy's answers, ranked by simulated labelers or people."""
   config = run.config.comparisons
-  labelers = simulated.panel(truth.totals, run.config.labelers)
+  responder = run.responder(
+    config.sampling, config.prompt_length, config.batch_size, config.responses
+  )
+  params = functools.cache(lambda: load(run, policy))
 
-  def work(folder: pathlib.Path) -> Result:
-    responder = run.responder(
-      config.sampling, config.prompt_length, config.batch_size, config.responses
-    )
-    params, result = load(run, policy), {"policy": policy, "labelers": [l.name for l in labelers]}
-    for side, count in (("train", config.prompts), ("heldout", config.heldout_prompts)):
-      seed = run.seed(round_name, side)
-      dialogues = run.data.records(Demonstration, side)
-      prompts = comparisons.draw_prompts(dialogues, count, seed, responder.fits)
-      key = run.key(round_name, "comparisons", side)
-      found = comparisons.collect(
-        config, responder, params, prompts, key, labelers=labelers, author=policy
-      )
+  def sample(side: Split) -> list[comparisons.Unranked]:
+    count = config.prompts if side == "train" else config.heldout_prompts
+    dialogues = run.data.records(Demonstration, side)
+    prompts = comparisons.draw_prompts(dialogues, count, run.seed(round_name, side), responder.fits)
+    key = run.key(round_name, "comparisons", side)
+    return comparisons.sample(config, responder, params(), prompts, key, author=policy)
+
+  def simulate(folder: pathlib.Path) -> Result:
+    labelers = simulated.panel(truth.totals, run.config.labelers)
+    result = {"policy": policy, "labelers": [l.name for l in labelers]}
+    for side in ("train", "heldout"):
+      found = comparisons.rank(sample(side), labelers, source=policy)
       lines = [json.dumps(records.to_json(record)) + "\n" for record in found]
       if hosts.is_first():
         files.write_text_atomic(folder / f"{side}.jsonl", "".join(lines))
@@ -100,7 +103,30 @@ def compare(run: Run, round_name: str, policy: str, truth: gold_lib.Gold) -> Res
       }
     return result
 
+  def ask(folder: pathlib.Path) -> Result:
+    return asking.ask(run, folder, policy, sample, earlier_comparisons(run, round_name))
+
+  work = {"simulated": simulate, "store": ask}[run.config.labeler]
   return phase(run, f"{round_name}/comparisons", work)
+
+
+def earlier_comparisons(run: Run, round_name: str) -> list[Result]:
+  """What the comparisons of the rounds before this one had to say."""
+  number = int(round_name.removeprefix("round_"))
+  return [said(run, f"round_{earlier}/comparisons") for earlier in range(1, number)]
+
+
+def trained_on(run: Run, rounds: list[Result]) -> list[str]:
+  """The store's records among the comparisons that a reward model is fitted to."""
+  recorded = (
+    run.data.records(Comparison, "train") if run.config.comparisons.include_recorded else []
+  )
+  ids = [None] * len(recorded)
+  for result in rounds:
+    side = result["train"]
+    ids += side["records"] if "records" in side else [None] * len(side["comparisons"])
+  drawn = feeds.draw(ids, run.config.reward.max_train, run.seed("reward", "train"))
+  return [id for id in drawn if id is not None]
 
 
 def refit(run: Run, round_name: str, rounds: list[Result], sft_policy: str) -> Result:
@@ -114,6 +140,7 @@ def refit(run: Run, round_name: str, rounds: list[Result], sft_policy: str) -> R
       train = run.data.records(Comparison, "train") + train
     model, figures = phases.fit_reward(run, folder, run.config.reward, trunk, train, heldout)
     save(run, folder / "reward_model", model)
+    asking.mark(run, f"{round_name}/reward/reward_model", "reward", trained_on(run, rounds))
     return {
       "reward_model": f"{round_name}/reward/reward_model",
       "trained_on": [r["train"]["file"] for r in rounds],
@@ -136,6 +163,7 @@ def improve(run: Run, round_name: str, policy: str, reward_model: str, reference
     )
     save(run, folder / "policy", average)
     save(run, folder / "policy_last", last)
+    asking.hand_on(run, f"{round_name}/ppo/policy", reward_model)
     return {
       "policy": f"{round_name}/ppo/policy",
       "started_from": policy,
@@ -160,6 +188,7 @@ def assess(
 
 def chatgpt(run: Run) -> dict[str, Any]:
   """Everything in order; returns the lineage, which stands in `lineage.json` too."""
+  asking.check(run)
   reference = sft(run)["policy"]
   truth = gold(run)
   policy, found = reference, []

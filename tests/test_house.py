@@ -27,7 +27,7 @@ ORDER = [
   {"feedback", "moderation"},
   {"experiment", "feeds", "phases", "standing"},
   {"evaluation", "plan"},
-  {"iterate"},
+  {"asking", "iterate"},
   {"serving", "chat"},
   {"doctor"},
 ]

@@ -91,6 +91,26 @@ def read_tasks(path: str | pathlib.Path, *, author: str) -> list[Task]:
   return list(_parsed(path, lambda item: task_from_json(item, author=author)))
 
 
+def parse_tasks(text: str, *, author: str) -> list[Task]:
+  """Tasks from the text of such a file.
+
+  Raises:
+    UserError: there is none, or a line is no task; names the line.
+  """
+  found = []
+  for number, line in enumerate(text.split("\n"), start=1):
+    if line.strip():
+      try:
+        found.append(task_from_json(json.loads(line), author=author))
+      except UserError as error:
+        raise UserError(f"line {number}: {error} Nothing was stored.") from error
+      except (ValueError, RecursionError) as error:
+        raise UserError(f"line {number} is no JSON: {error}. Nothing was stored.") from error
+  if not found:
+    raise UserError("there is no task in it; give one JSON object a line.")
+  return found
+
+
 def read_objects(path: str | pathlib.Path) -> list[dict]:
   """The JSON objects of a file.
 
@@ -131,6 +151,19 @@ def task_from_json(item: Any, *, author: str) -> Task:
     raise UserError(f"{len(texts)} responses need a list of as many authors, got {writers!r:.80}.")
   fields["answers"] = [{"text": text, "writer": writer} for text, writer in zip(texts, writers)]
   return Task(author=author, work="compare", **fields)
+
+
+def task_to_json(task: Task) -> dict:
+  """One line of a file of tasks; `task_from_json` is the inverse but for ids and sampling."""
+  item = {"instructions": task.instructions, "overlap": task.overlap, "priority": task.priority}
+  if task.conversation is not None:
+    item["messages"] = task.conversation.to_json()
+  if task.work == "compare":
+    item["responses"] = [answer.text for answer in task.answers]
+    item["authors"] = [answer.writer for answer in task.answers]
+    if task.gold is not None:
+      item["gold"] = list(task.gold)
+  return item
 
 
 def _parsed(path: str | pathlib.Path, parse: Callable[[Any], T]) -> Iterator[T]:

@@ -80,6 +80,27 @@ def next_task(
   return store.transact(take)
 
 
+def renew(
+  store: Store, labeler: str, task: str, *, lease_seconds: float = LEASE_SECONDS
+) -> str | None:
+  """Until when a task stays with a labeler from now on; None where it is not, or no longer, theirs.
+
+  Raises:
+    UserError: they are no active labeler.
+  """
+
+  def extend(connection: sa.Connection) -> str | None:
+    _require_active(connection, labeler)
+    slot = _slot_of(connection, labeler, task)
+    if slot is None or slot.record is not None:
+      return None
+    until = shapes.now(ahead=lease_seconds)
+    _update(connection, slot, lease_until=until)
+    return until
+
+  return store.transact(extend)
+
+
 def save_draft(store: Store, labeler: str, task: str, content: Json) -> bool:
   """Keeps what a labeler has so far, in place of their last draft.
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from rlhf_jax.types import UserError
@@ -84,6 +85,13 @@ def wait(name: str) -> None:
   """All processes meet here; `name` says where, and must be the same everywhere."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def agreed(value: int) -> int:
+  """The first process's value, on all of them."""
+  if jax.process_count() == 1:
+    return int(value)
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 @contextlib.contextmanager
