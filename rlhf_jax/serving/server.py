@@ -2,8 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib
-import importlib.util
 import ipaddress
 import math
 import pathlib
@@ -16,6 +14,7 @@ import uvicorn
 from rlhf_jax import moderation
 from rlhf_jax.feedback import lineage
 from rlhf_jax.feedback.store import Store
+from rlhf_jax.serving import chat_page, label_page
 from rlhf_jax.serving.app import Settings, create_app
 from rlhf_jax.serving.context import Context, Moderator
 from rlhf_jax.serving.engine import SlotEngine
@@ -24,7 +23,6 @@ from rlhf_jax.serving.load import Loaded
 from rlhf_jax.training import files, preemption
 from rlhf_jax.types import UserError
 
-PAGES = {"chat_page": "/", "label_page": "/label"}  # modules with a router, and where it begins
 AUTHOR = "server"  # of the record of the policy
 BACKLOG = 2_048  # connections that the system holds until they are taken
 
@@ -129,22 +127,16 @@ def register(
   return Context(engine, store, policy, moderator)
 
 
-def pages(context: Context) -> dict[str, fastapi.APIRouter]:
-  """The routers of the pages, by where they begin."""
-  found = {}
-  for name, path in PAGES.items():
-    module = f"rlhf_jax.serving.{name}"
-    if importlib.util.find_spec(module) is not None:
-      found[path] = importlib.import_module(module).router(context)
-  return found
+def pages(context: Context) -> list[fastapi.APIRouter]:
+  """The chat page and the labelling page."""
+  return [chat_page.router(context), label_page.router(context)]
 
 
 def serve(
   context: Context, access: Access, listener: socket.socket, grace: float, say: Callable
 ) -> None:
   """Serves until SIGINT or SIGTERM; then answers may still take `grace` seconds."""
-  routers = pages(context)
-  app = create_app(context, access.settings, routers.values())
+  app = create_app(context, access.settings, pages(context))
   port = listener.getsockname()[1]
   host = f"[{access.host}]" if ":" in access.host else access.host
   for what, path in {
@@ -154,8 +146,7 @@ def serve(
     "health": "/health",
     "metrics": "/metrics",
   }.items():
-    if path not in PAGES.values() or path in routers:
-      say(f"{what:24} http://{host}:{port}{path}\n")
+    say(f"{what:24} http://{host}:{port}{path}\n")
   config = uvicorn.Config(
     app,
     log_level="warning",  # requests are in the metrics, and what people write is in no log
