@@ -4,8 +4,9 @@
   curl http://127.0.0.1:8000/v1/models
   python experiments/serve.py --workdir=runs/village --host=0.0.0.0 --keys=keys.json
 
-What people say there is kept in WORKDIR/feedback.sqlite, or in --db. The first start compiles for
-half a minute on two cores. Ctrl-C or SIGTERM lets answers end for --grace s; see docs/serving.md.
+What people say there is kept in the database that the run's config names (`store.url`), or in --db.
+The first start compiles for half a minute on two cores. Ctrl-C or SIGTERM lets answers end for
+--grace s; see docs/serving.md.
 """
 
 from rlhf_jax import launch
@@ -32,7 +33,7 @@ OPTIONS = {
   "context": launch.Option(1024, "tokens of dialogue that the policy sees"),
   "keys": launch.Option("none", "the file of API keys, see python -m rlhf_jax.serving.keys"),
   "auth": launch.Option("auto", "off serves an address that others reach without any keys"),
-  "db": launch.Option("auto", "where records go: a file or a postgresql://USER@HOST/NAME"),
+  "db": launch.Option("auto", "the database of records; auto is the one that the config names"),
   "moderator": launch.Option("none", "the folder of a moderator; it filters what goes in and out"),
   "grace": launch.Option(10.0, "seconds that answers may still take when it is told to end"),
 }  # fmt: skip
@@ -46,7 +47,7 @@ def main(config, workdir, policy, **options):
   access = server.Access(*(options[name] for name in ("host", "port", "keys", "auth")))
   loaded = load.of_run(workdir, policy)
   moderator = server.load_moderator(options["moderator"])
-  db = str(workdir / "feedback.sqlite") if options["db"] == "auto" else options["db"]
+  db = load.config_of(workdir).store.url if options["db"] == "auto" else options["db"]
   with access.listen() as listener, Store.open(db, create=True) as store:
     say(f"{loaded.name}: compiling ... ")
     began, answering = time.monotonic(), engine.start(loaded, room)

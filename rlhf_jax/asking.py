@@ -206,13 +206,21 @@ def register(run: Run, store: Store, path: str) -> str:
 
   The same run registers it once, however often it is started.
   """
-  name, checkpoint = name_of(run, path), str(run.workdir / path)
-  return lineage.register(store, name, checkpoint, origin(run, path), author=rounds.AUTHOR)
+  return register_at(store, run.config, run.workdir, path)
 
 
-def origin(run: Run, path: str) -> dict:
-  """Where a policy or reward model comes from: run, round, parents by path, hash of the config."""
-  settings = config_lib.to_dict(run.config)
+def register_at(
+  store: Store, config: experiment.ExperimentConfig, workdir: pathlib.Path, path: str
+) -> str:
+  """`register`, for whoever has only a working directory and its config, as a server."""
+  name, checkpoint = f"{workdir.name}/{path}", str(workdir.absolute() / path)
+  made = {"run": workdir.name} | origin(config, path)
+  return lineage.register(store, name, checkpoint, made, author=rounds.AUTHOR)
+
+
+def origin(config: experiment.ExperimentConfig, path: str) -> dict:
+  """Where a policy or reward model comes from: round, parents by path, hash of the config."""
+  settings = config_lib.to_dict(config)
   for section in experiment.MAY_CHANGE:
     del settings[section]
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -223,12 +231,7 @@ def origin(run: Run, path: str) -> dict:
   elif match:
     before = "sft/policy" if number == 1 else f"round_{number - 1}/ppo/policy"
     parents = [before, f"round_{number}/reward/reward_model"]
-  return {
-    "run": run.workdir.name,
-    "round": number,
-    "parents": parents,
-    "config": digest[:16],
-  }
+  return {"round": number, "parents": parents, "config": digest[:16]}
 
 
 def name_of(run: Run, path: str) -> str:

@@ -287,7 +287,7 @@ def test_serve_answers_as_chat_does_registers_the_policy_and_ends_on_sigterm(who
     process.wait()
   with sqlite3.connect(db) as read:
     (row,) = read.execute("SELECT name, checkpoint, lineage FROM policies")
-  assert row[:2] == ("whole-round_1", str(whole / "round_1/ppo/policy"))
+  assert row[:2] == ("whole/round_1/ppo/policy", str(whole / "round_1/ppo/policy"))
   assert json.loads(row[2])["parents"]["reward_model"] == "round_1/reward/reward_model"
 
 

@@ -50,6 +50,18 @@ class Loaded:
     return find_stops(sampling, self.tokenizer)
 
 
+def config_of(workdir: pathlib.Path) -> ExperimentConfig:
+  """The config of the run in a working directory.
+
+  Raises:
+    UserError: `workdir` holds no run.
+  """
+  path = workdir.expanduser() / "config.json"
+  if not path.exists():
+    raise UserError(f"{workdir} holds no run: there is no config.json in it.")
+  return config_lib.build(ExperimentConfig, files.read_json(path))
+
+
 def of_run(workdir: pathlib.Path, policy: str) -> Loaded:
   """A policy of a working directory, by its path in there; "newest" is the newest.
 
@@ -57,9 +69,7 @@ def of_run(workdir: pathlib.Path, policy: str) -> Loaded:
     UserError: `workdir` holds no run, no such policy, or one that does not fit its config.
   """
   workdir = workdir.expanduser().absolute()
-  if not (workdir / "config.json").exists():
-    raise UserError(f"{workdir} holds no run: there is no config.json in it.")
-  config = config_lib.build(ExperimentConfig, files.read_json(workdir / "config.json"))
+  config = config_of(workdir)
   found = standing.find_policy(workdir, policy)
   trained_here = config.text.tokenizer in ("village", "train")
   tokenizer = workdir / "tokenizer" if trained_here else config.text.tokenizer

@@ -1,7 +1,6 @@
 """What one command starts: the engine, the store, the pages and the API on one address."""
 
 import dataclasses
-import hashlib
 import ipaddress
 import math
 import pathlib
@@ -11,19 +10,17 @@ from collections.abc import Callable
 import fastapi
 import uvicorn
 
-from rlhf_jax import moderation
-from rlhf_jax.feedback import lineage
+from rlhf_jax import asking, moderation
 from rlhf_jax.feedback.store import Store
-from rlhf_jax.serving import chat_page, label_page
+from rlhf_jax.serving import chat_page, label_page, load
 from rlhf_jax.serving.app import Settings, create_app
 from rlhf_jax.serving.context import Context, Moderator
 from rlhf_jax.serving.engine import SlotEngine
 from rlhf_jax.serving.keys import KeyFile
 from rlhf_jax.serving.load import Loaded
-from rlhf_jax.training import files, preemption
+from rlhf_jax.training import preemption
 from rlhf_jax.types import UserError
 
-AUTHOR = "server"  # of the record of the policy
 BACKLOG = 2_048  # connections that the system holds until they are taken
 
 
@@ -114,16 +111,9 @@ def register(
 ) -> Context:
   """What the routes are given; the policy is in the store from now on."""
   workdir = workdir.expanduser().absolute()
-  found = loaded.checkpoint.relative_to(workdir)
-  done = files.read_json(loaded.checkpoint.parent / "done.json")["result"]
-  parents = {
-    name: done[name]
-    for name in ("started_from", "reward_model", "reference", "pretrained")
-    if done.get(name)
-  }
-  config = hashlib.sha256((workdir / "config.json").read_bytes()).hexdigest()
-  made = {"run": workdir.name, "policy": str(found), "parents": parents, "config_sha256": config}
-  policy = lineage.register(store, loaded.name, str(loaded.checkpoint), made, author=AUTHOR)
+  config = load.config_of(workdir)
+  path = str(loaded.checkpoint.relative_to(workdir))
+  policy = asking.register_at(store, config, workdir, path)
   return Context(engine, store, policy, moderator)
 
 
