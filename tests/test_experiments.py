@@ -288,7 +288,7 @@ def test_serve_answers_as_chat_does_registers_the_policy_and_ends_on_sigterm(who
   with sqlite3.connect(db) as read:
     (row,) = read.execute("SELECT name, checkpoint, lineage FROM policies")
   assert row[:2] == ("whole/round_1/ppo/policy", str(whole / "round_1/ppo/policy"))
-  assert json.loads(row[2])["parents"]["reward_model"] == "round_1/reward/reward_model"
+  assert json.loads(row[2])["parents"] == ["sft/policy", "round_1/reward/reward_model"]
 
 
 @pytest.mark.parametrize(
