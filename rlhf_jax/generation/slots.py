@@ -29,6 +29,7 @@ from rlhf_jax.generation.stream import bucket
 from rlhf_jax.networks import heads
 from rlhf_jax.networks.transformer import KVCache
 from rlhf_jax.parallel import mesh as mesh_lib
+from rlhf_jax.parallel import rules
 from rlhf_jax.types import Params, UserError
 
 
@@ -164,7 +165,9 @@ class SlotDecoder:
     draws = sampling.Draws(column("temperature", np.float32), column("top_p", np.float32))
     keys = jax.vmap(jax.random.key)(column("seed", np.uint32))
     arrivals = Arrivals(tokens, mask, column("slot", np.int32), keys, draws)
-    state, first = self._admit(params, state, mesh_lib.put_replicated(self.mesh, arrivals))
+    splits = rows % mesh_lib.batch_devices(self.mesh) == 0
+    place = mesh_lib.put_batch if splits else mesh_lib.put_replicated
+    state, first = self._admit(params, state, place(self.mesh, arrivals))
     return state, jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], first)
 
   def advance(self, params: Params, state: SlotState) -> tuple[SlotState, Drawn]:
@@ -203,6 +206,8 @@ def admit(
   )
   first = jnp.zeros((n,), jnp.int32)
   drawn = _draw(policy, params, hidden[:, 0], arrivals.keys, first, arrivals.draws)
+  # Each device reads some of the prompts, and any of them may go into any slot.
+  arrivals, read, segments, drawn = rules.replicate((arrivals, read, segments, drawn))
   here = arrivals.slots
   put = lambda old, new: old.at[here].set(new, mode="drop")
   into = lambda old, new: old.at[..., here, :, P - W : P, :].set(new, mode="drop")

@@ -99,6 +99,13 @@ def constrain(x: jax.Array, name: str, rules: Rules = ACTIVATIONS) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(*fits))
 
 
+def replicate(tree: Any) -> Any:
+  """Arrays whole on every device, in a function of `mesh.jit`; elsewhere as they are."""
+  if not jax.sharding.get_abstract_mesh().shape:
+    return tree
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), tree)
+
+
 def own_rows_and_heads(function: Callable, rows: int, heads: int) -> Callable:
   """`function(mask, *arrays)` on the rows and heads of each device alone, in `mesh.jit`.
 
