@@ -226,3 +226,19 @@ def rows_of(store: Store, table: str) -> list[tuple]:
   """A table as it stands in the database, read by plain SQL."""
   with store.engine.connect() as connection:
     return [tuple(row) for row in connection.execute(sa.text(f"SELECT * FROM {table}"))]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def place(request, tmp_path_factory):
+  """A kind of database, and the folder where it is made."""
+  if request.param == "sqlite":
+    yield "sqlite", tmp_path_factory.mktemp("sqlite")
+  else:
+    with postgres_server() as folder:
+      yield "postgresql", folder
+
+
+@pytest.fixture
+def store(place):
+  with Store.open(new_database(*place), create=True) as opened:
+    yield opened

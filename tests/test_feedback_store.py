@@ -28,21 +28,7 @@ from rlhf_jax.feedback.store import Store
 from rlhf_jax.text.messages import Conversation
 from rlhf_jax.types import UserError
 
-
-@pytest.fixture(scope="module", params=cases.BACKENDS)
-def place(request, tmp_path_factory):
-  """A kind of database, and the folder where it is made."""
-  if request.param == "sqlite":
-    yield "sqlite", tmp_path_factory.mktemp("sqlite")
-  else:
-    with cases.postgres_server() as folder:
-      yield "postgresql", folder
-
-
-@pytest.fixture
-def store(place):
-  with Store.open(cases.new_database(*place), create=True) as opened:
-    yield opened
+place, store = cases.place, cases.store  # fixtures: every test runs on each database
 
 
 @pytest.fixture

@@ -30,20 +30,7 @@ LABELERS = 20
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module", params=cases.BACKENDS)
-def place(request, tmp_path_factory):
-  """A kind of database, and the folder where it is made."""
-  if request.param == "sqlite":
-    yield "sqlite", tmp_path_factory.mktemp("sqlite")
-  else:
-    with cases.postgres_server() as folder:
-      yield "postgresql", folder
-
-
-@pytest.fixture
-def store(place):
-  with Store.open(cases.new_database(*place), create=True) as opened:
-    yield opened
+place, store = cases.place, cases.store  # fixtures: every test runs on each database
 
 
 def take(store, labeler, **options):
