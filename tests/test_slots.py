@@ -125,7 +125,7 @@ def test_logprobs_are_those_of_a_fresh_forward_pass_and_0_where_greedy():
       np.testing.assert_allclose(logprobs, fresh[columns, ids], atol=1e-4)
 
 
-@pytest.mark.parametrize("prompts", [[[]], [[5] * (P + 1)], [[5]] * 3])
+@pytest.mark.parametrize("prompts", [[], [[]], [[5] * (P + 1)], [[5]] * 3])
 def test_prompts_that_do_not_fit_are_refused_with_the_limits(prompts):
   at, params = decoder(), tiny.params(tiny.POLICY, 0)
   with pytest.raises(UserError, match="1 to 2 prompts at a time, of 1 to 40 tokens"):

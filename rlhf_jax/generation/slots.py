@@ -149,7 +149,8 @@ class SlotDecoder:
       UserError: there are more than `group`, or a prompt is empty or longer than P.
     """
     lengths = [len(one.prompt) for one in prompts]
-    if len(prompts) > self.group or not 1 <= min(lengths) <= max(lengths) <= self.prompt_length:
+    fits = all(1 <= length <= self.prompt_length for length in lengths)
+    if not 1 <= len(prompts) <= self.group or not fits:
       raise UserError(
         f"slots read 1 to {self.group} prompts at a time, of 1 to {self.prompt_length} tokens; got "
         f"{len(prompts)}, of {lengths} tokens."
@@ -243,7 +244,10 @@ def advance(
       state.cache,
       method="hidden",
     )
-    drawn = _draw(policy, params, hidden[:, 0], state.keys, state.drawn, state.draws)
+    # Who has had all R tokens has left, and must not make the others pay for a nucleus.
+    top_p = jnp.where(state.drawn < end - P, state.draws.top_p, 1.0)
+    draws = state.draws.replace(top_p=top_p)
+    drawn = _draw(policy, params, hidden[:, 0], state.keys, state.drawn, draws)
     return state.replace(
       cache=cache.replace(index=jnp.where(cache.index == end, P, cache.index)),
       tokens=drawn.tokens,
