@@ -71,8 +71,8 @@ def test_an_iteration_of_ppo_is_split_into_its_phases():
   found = run("ppo", "--episodes=4", "--prompt=4", "--response=4", "--minibatches=2")
   seconds = found["breakdown_seconds"]
   assert list(seconds) == ["generation", "scoring", "update"]
-  whole = sum(phase["median"] for phase in seconds.values())
-  assert whole <= found["seconds"]["median"] <= whole + 1.0
+  # Of every repetition: so of the fastest, whichever that is. Medians need not add up.
+  assert 0 < sum(phase["min"] for phase in seconds.values()) <= found["seconds"]["min"]
 
 
 def test_served_answers_are_those_of_each_request_alone():

@@ -218,15 +218,23 @@ class SlotEngine:
             return None
 
   def _round(self, state):
-    """Reads newcomers or, where there are none, draws the next columns of all answers."""
-    come = self._admit_waiting()
-    if come:
+    """Reads newcomers, then draws the next columns of all answers.
+
+    A call draws for free slots too, so while most are free whoever waits is read first; at most
+    once for every slot, for those who are being answered wait meanwhile.
+    """
+    for _ in range(0, self.decoder.slots, self.decoder.group):
+      come = self._admit_waiting()
+      if not come:
+        break
       prompts = [
         Admission(slot, a.prompt, a.seed % 2**32, a.temperature, a.request.top_p)
         for slot, a in come.items()
       ]
       state, drawn = self.decoder.admit(self._params, state, prompts)
       self._hand_out(come, drawn.tokens[:, None], drawn.logprobs[:, None], range(len(come)))
+      if 2 * len(self._busy) > self.decoder.slots:
+        break
     if self._busy:
       state, drawn = self.decoder.advance(self._params, state)
       tokens, logprobs = np.asarray(drawn.tokens), np.asarray(drawn.logprobs)
