@@ -32,6 +32,7 @@ def main():
     batches=("1,16,64", "rows"),
     shapes=("32x64,64x128", "tokens of prompt x response"),
     eos=(False, "rows end at random"),
+    cache_sizes=(4, "sizes that the cache goes through as it fills"),
     compact=("", "shares of the batch that it goes on in when no more rows are open"),
   )
   networks = common.networks(given.model, given.models, dtype=given.dtype)
@@ -58,7 +59,9 @@ def measure(networks, B, P, R, given) -> dict:
   V = networks.policy.config.vocab_size
   ends = tuple(range(common.FIRST_ID, V, HAZARD)) if given.eos else (common.NEVER,)
   shares = tuple(map(float, filter(None, given.compact.split(","))))
-  sampling = SamplingConfig(R, 1.0, top_k=0, top_p=1.0, stop=None, compact_to=shares)
+  sampling = SamplingConfig(
+    R, 1.0, top_k=0, top_p=1.0, stop=None, compact_to=shares, cache_sizes=given.cache_sizes
+  )
   mesh = common.mesh_of(common.devices_for(B))
   generate = functools.partial(
     decode.generate, networks.policy, config=sampling, stops=Stops(ends), pad_id=0

@@ -76,7 +76,7 @@ def main():
 def numbers(given) -> ppo_config.PPOConfig:
   """TRL's numbers at the sizes of the workload."""
   sampling = SamplingConfig(
-    given.response, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=()
+    given.response, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=(), cache_sizes=1
   )
   return ppo_config.PPOConfig(
     num_steps=1_000_000,

@@ -135,7 +135,9 @@ def common() -> ConfigDict:
     optim=optim(1e-4, "cosine", final_fraction=0.1, warmup_steps=10),
   )
 
-  sampling = dict(max_new_tokens=32, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=())
+  sampling = dict(
+    max_new_tokens=32, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=(), cache_sizes=1
+  )
   config.comparisons = dict(
     prompts=128,
     responses=4,  # K; InstructGPT: 4 to 9

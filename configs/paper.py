@@ -234,7 +234,13 @@ def comparisons(prompts: int, responses: int, max_new_tokens: int) -> dict:
     batch_size=256,
     prompt_length=1_024,
     sampling=dict(
-      max_new_tokens=max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=()
+      max_new_tokens=max_new_tokens,
+      temperature=1.0,
+      top_k=0,
+      top_p=1.0,
+      stop=None,
+      compact_to=(),
+      cache_sizes=4,
     ),
   )
 
@@ -271,6 +277,7 @@ def rollout(temperature: float, max_new_tokens: int) -> dict:
       top_p=1.0,
       stop=None,
       compact_to=(),
+      cache_sizes=4,
     ),
   )
 

@@ -131,7 +131,15 @@ def comparisons() -> dict:
     heldout_prompts=200,
     batch_size=256,
     prompt_length=44,
-    sampling=dict(max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=()),
+    sampling=dict(
+      max_new_tokens=24,
+      temperature=1.0,
+      top_k=0,
+      top_p=1.0,
+      stop=None,
+      compact_to=(),
+      cache_sizes=1,
+    ),
   )
 
 
@@ -158,7 +166,13 @@ def ppo() -> dict:
       micro_batches=1,
       prompt_length=44,
       sampling=dict(
-        max_new_tokens=24, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=()
+        max_new_tokens=24,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        stop=None,
+        compact_to=(),
+        cache_sizes=1,
       ),
     ),
     eval_every=10,

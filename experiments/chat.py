@@ -43,7 +43,9 @@ def main(config, workdir, policy, context, seed, **sampling):
   if (config is None) == (workdir is None):
     raise UserError("give --workdir for a policy of a run, or --config for a pretrained model.")
   sampling = build(
-    SamplingConfig, {"top_k": 0, "stop": None, "compact_to": (), **sampling}, "sampling"
+    SamplingConfig,
+    {"top_k": 0, "stop": None, "compact_to": (), "cache_sizes": 1, **sampling},
+    "sampling",
   )
   if workdir is not None:
     loaded = load.of_run(workdir, policy)

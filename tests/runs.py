@@ -107,5 +107,12 @@ def fingerprint(folder):
 
 
 def sampling(max_new_tokens, **changes):
-  values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "stop": None, "compact_to": ()} | changes
+  values = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "stop": None,
+    "compact_to": (),
+    "cache_sizes": 1,
+  } | changes
   return SamplingConfig(max_new_tokens=max_new_tokens, **values)

@@ -17,7 +17,7 @@ from rlhf_jax.text.messages import Conversation
 from rlhf_jax.types import UserError
 
 SAMPLING = SamplingConfig(
-  max_new_tokens=4, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=()
+  max_new_tokens=4, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=(), cache_sizes=1
 )
 
 

@@ -154,7 +154,7 @@ def test_several_samples_of_a_prompt_are_those_of_as_many_copies_of_it(scan_laye
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("devices", [1, 4])
-def test_rows_that_leave_the_loop_early_change_no_token(devices, scan_layers, monkeypatch):
+def test_smaller_batches_and_growing_caches_change_no_token(devices, scan_layers, monkeypatch):
   monkeypatch.setattr(decode, "LOOK_EVERY", 1)
   policy = heads.Policy(tiny.changed(tiny.MODEL, compute__scan_layers=scan_layers))
   params, prompts = tiny.params(policy, 0), tiny.mixed_prompts(B, P, 0)
@@ -162,8 +162,8 @@ def test_rows_that_leave_the_loop_early_change_no_token(devices, scan_layers, mo
   names, some = ("data", "fsdp", "tensor"), jax.devices()[:devices]
   mesh = jax.make_mesh((devices, 1, 1), names, axis_types, devices=some)
 
-  def generate(shares):
-    sampling = tiny.changed(SAMPLING, compact_to=shares)
+  def generate(shares, sizes=1):
+    sampling = tiny.changed(SAMPLING, compact_to=shares, cache_sizes=sizes)
     run = functools.partial(
       decode.generate, policy, config=sampling, stops=STOPS, pad_id=tiny.PAD, samples=2
     )
@@ -178,6 +178,16 @@ def test_rows_that_leave_the_loop_early_change_no_token(devices, scan_layers, mo
   assert_same(shrunk, together)
   assert 0 < float(jnp.sum(together.finished)) < 2 * B
   assert text.count(" while(") >= plain.count(" while(") + 2  # each size has a loop of its own
+  grown, text = generate((), 3)
+  assert_same(grown, together)
+  assert text.count(" while(") >= plain.count(" while(") + 2
+  assert_same(generate((0.5,), 2)[0], together)
+
+
+def test_a_cache_grows_in_equal_parts_to_all_columns():
+  assert decode.cache_columns(128, 4) == (32, 64, 96, 128)
+  assert decode.cache_columns(7, 3) == (3, 5, 7)
+  assert decode.cache_columns(2, 5) == (1, 2)
 
 
 def test_the_loop_shrinks_as_soon_as_the_open_rows_fit():

@@ -578,7 +578,7 @@ def test_stories260k_tells_the_story_that_its_authors_print(weights_folder):
   tokenizer = Tokenizer.load(path.parent / "tok512.bin")
   policy = heads.Policy(ModelConfig(**fields, compute=hf_layout.COMPUTE))
   greedy = sampling.SamplingConfig(
-    max_new_tokens=155, temperature=0.0, top_k=0, top_p=1.0, stop=None, compact_to=()
+    max_new_tokens=155, temperature=0.0, top_k=0, top_p=1.0, stop=None, compact_to=(), cache_sizes=1
   )
   prompt = PromptBatch(jnp.full((1, 1), tokenizer.bos_id), jnp.ones((1, 1)))
   tell = jax.jit(

@@ -39,7 +39,13 @@ def conversations(count):
 
 def responder(batch_size, temperature=1.0, prompt_length=24):
   sampling = SamplingConfig(
-    max_new_tokens=R, temperature=temperature, top_k=0, top_p=1.0, stop=None, compact_to=()
+    max_new_tokens=R,
+    temperature=temperature,
+    top_k=0,
+    top_p=1.0,
+    stop=None,
+    compact_to=(),
+    cache_sizes=1,
   )
   return Responder(POLICY, TOKENIZER, dialogue.VILLAGE, MESH, sampling, prompt_length, batch_size)
 

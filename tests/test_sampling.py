@@ -28,7 +28,13 @@ def sample(logits, key, config):
 
 def config(temperature=1.0, top_k=0, top_p=1.0, stop=None):
   return SamplingConfig(
-    max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, compact_to=()
+    max_new_tokens=1,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    stop=stop,
+    compact_to=(),
+    cache_sizes=1,
   )
 
 

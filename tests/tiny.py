@@ -50,7 +50,7 @@ OPTIM = OptimConfig(
   clip_norm=None,
 )
 SAMPLING = SamplingConfig(
-  max_new_tokens=6, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=()
+  max_new_tokens=6, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=(), cache_sizes=1
 )
 PPO = ppo_config.PPOConfig(
   num_steps=10,

@@ -1,9 +1,11 @@
 """Decoding as one compiled function: prefill, then a while_loop with a key-value cache.
 
-Where `config.compact_to` names smaller batches, one loop follows the other: rows that have ended
-are left behind (`compact.py`), and the tokens drawn are the same.
+With several `config.cache_sizes` one loop follows the other, each with a larger cache; and where
+`config.compact_to` names smaller batches, rows that have ended are then left behind (`compact.py`).
+The tokens drawn are the same.
 """
 
+import math
 from collections.abc import Callable
 
 import chex
@@ -67,14 +69,14 @@ def generate(
   positions, segments = heads.layout(prompts.mask)
   run = lambda *inputs: policy.apply({"params": params}, *inputs, method="hidden")
   head = lambda hidden: policy.apply({"params": params}, hidden, method="logits")
-  blank_cache = KVCache.empty(policy.config, B, P + R)
+  uniforms, columns = _chance(key, R, rows), cache_columns(R, config.cache_sizes)
+  blank_cache = KVCache.empty(policy.config, B, P + columns[0])
   hidden, cache = run(prompts.tokens, positions, segments, blank_cache, 0, (P - 1, P))
 
   def extend(state: DecodeState, hidden: jax.Array, cache: KVCache) -> DecodeState:
     """Draws column `state.step` from the hidden state [b, D] of the column before."""
-    uniforms = jax.random.uniform(jax.random.fold_in(key, state.step), (rows, 2))
-    uniforms = compact.take(uniforms, state.rows)
-    tokens, logprobs = sampling.sample(head(hidden), uniforms, config)
+    drawn = compact.take(uniforms[state.step], state.rows)
+    tokens, logprobs = sampling.sample(head(hidden), drawn, config)
     completion = _append(state.completion, state.step, tokens, logprobs, stops, pad_id)
     look = lambda: compact.needed(completion.finished, shards)
     needed = jax.lax.cond(state.step % LOOK_EVERY == 0, look, lambda: state.needed)
@@ -96,7 +98,34 @@ def generate(
     completion=blank,
   )
   state = extend(start, jnp.repeat(hidden[:, 0], samples, axis=0), start.cache)
-  return _finish(state, blank, body, compact.sizes(rows, config.compact_to, shards)[1:])
+  sizes = compact.sizes(rows, config.compact_to, shards)[1:]
+  for held, larger in zip(columns, columns[1:]):
+    state = _fill(state, body, held, sizes)
+    state = state.replace(cache=state.cache.grow(P + larger))
+  return _finish(state, blank, body, sizes)
+
+
+def _chance(key: jax.Array, R: int, rows: int) -> jax.Array:
+  """Uniforms [R, rows, 2], all at once: threefry is many small operations, too many for a step."""
+  one = lambda step: jax.random.uniform(jax.random.fold_in(key, step), (rows, 2))
+  return jax.vmap(one)(jnp.arange(R))
+
+
+def cache_columns(R: int, sizes: int) -> tuple[int, ...]:
+  """Response columns that a cache has room for, size after size; the last has all R."""
+  return tuple(sorted({math.ceil(R * number / sizes) for number in range(1, sizes + 1)}))
+
+
+def _fill(state: DecodeState, body, held: int, sizes: tuple[int, ...]) -> DecodeState:
+  """`state` when its cache has all `held` response columns, or fewer rows go on."""
+  # Step t writes the column of the token before it, t - 1.
+  more = lambda state: (state.step <= held) & _needs_all(state, sizes)
+  return jax.lax.while_loop(more, body, state)
+
+
+def _needs_all(state: DecodeState, sizes: tuple[int, ...]) -> jax.Array:
+  """Whether more rows are open than the next smaller batch, or none, has room for."""
+  return state.needed > (sizes[0] if sizes else 0)
 
 
 def _finish(
@@ -106,13 +135,13 @@ def _finish(
   sizes: tuple[int, ...],
 ) -> Completion:
   """`done` with the rows of `state` written to their ends, in batches that shrink to `sizes`."""
-  R, shards, least = done.tokens.shape[1], state.rows.shape[0], sizes[0] if sizes else 0
-  more = lambda state: (state.step < R) & (state.needed > least)
+  R, shards = done.tokens.shape[1], state.rows.shape[0]
+  more = lambda state: (state.step < R) & _needs_all(state, sizes)
   state = jax.lax.while_loop(more, body, state)
   done = jax.tree.map(lambda x, new: compact.put(x, state.rows, new), done, state.completion)
   if not sizes:
     return done
-  rest = lambda: _finish(_shrink(state, least, shards), done, body, sizes[1:])
+  rest = lambda: _finish(_shrink(state, sizes[0], shards), done, body, sizes[1:])
   return jax.lax.cond((state.step < R) & (state.needed > 0), rest, lambda: done)
 
 

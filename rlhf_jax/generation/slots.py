@@ -206,7 +206,8 @@ def admit(
     method="hidden",
   )
   first = jnp.zeros((n,), jnp.int32)
-  drawn = _draw(policy, params, hidden[:, 0], arrivals.keys, first, arrivals.draws)
+  uniforms = _chance(arrivals.keys, first)
+  drawn = _draw(policy, params, hidden[:, 0], uniforms, arrivals.draws)
   # Each device reads some of the prompts, and any of them may go into any slot.
   arrivals, read, segments, drawn = rules.replicate((arrivals, read, segments, drawn))
   here = arrivals.slots
@@ -234,7 +235,7 @@ def advance(
   """Draws the next `columns` tokens of every slot, [S, columns]."""
   end = state.cache.segments.shape[1]
 
-  def step(state: SlotState, _) -> tuple[SlotState, Drawn]:
+  def step(state: SlotState, uniforms: jax.Array) -> tuple[SlotState, Drawn]:
     position = state.positions[:, None]
     hidden, cache = policy.apply(
       {"params": params},
@@ -247,7 +248,7 @@ def advance(
     # Who has had all R tokens has left, and must not make the others pay for a nucleus.
     top_p = jnp.where(state.drawn < end - P, state.draws.top_p, 1.0)
     draws = state.draws.replace(top_p=top_p)
-    drawn = _draw(policy, params, hidden[:, 0], state.keys, state.drawn, draws)
+    drawn = _draw(policy, params, hidden[:, 0], uniforms, draws)
     return state.replace(
       cache=cache.replace(index=jnp.where(cache.index == end, P, cache.index)),
       tokens=drawn.tokens,
@@ -255,12 +256,20 @@ def advance(
       drawn=state.drawn + 1,
     ), drawn
 
-  state, drawn = jax.lax.scan(step, state, None, length=columns)
+  # All chance at once, as in `decode.generate`.
+  steps = state.drawn[None, :] + jnp.arange(columns)[:, None]
+  uniforms = jax.vmap(_chance, in_axes=(None, 0))(state.keys, steps)
+  state, drawn = jax.lax.scan(step, state, uniforms)
   return state, jax.tree.map(jnp.transpose, drawn)
 
 
-def _draw(policy, params, hidden, keys, steps, draws: sampling.Draws) -> Drawn:
-  """One token a row from hidden states [n, D]; row i is at its own step."""
+def _chance(keys: jax.Array, steps: jax.Array) -> jax.Array:
+  """Uniforms [n, 2] of the tokens that rows draw next, each at its own step, [n]."""
+  one = lambda key, step: jax.random.uniform(jax.random.fold_in(key, step), (2,))
+  return jax.vmap(one)(keys, steps)
+
+
+def _draw(policy, params, hidden, uniforms, draws: sampling.Draws) -> Drawn:
+  """One token a row from hidden states [n, D]."""
   logits = policy.apply({"params": params}, hidden, method="logits")
-  chance = lambda key, step: jax.random.uniform(jax.random.fold_in(key, step), (2,))
-  return Drawn(*sampling.sample_each(logits, jax.vmap(chance)(keys, steps), draws))
+  return Drawn(*sampling.sample_each(logits, uniforms, draws))

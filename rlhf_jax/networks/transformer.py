@@ -93,6 +93,16 @@ class KVCache:
       layers = lambda: tuple(jnp.zeros(shape, config.compute.dtype) for _ in range(config.n_layers))
     return cls(layers(), layers(), jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
 
+  def grow(self, length: int) -> "KVCache":
+    """With room for `length` tokens in each row; what is there stays."""
+    more = length - self.segments.shape[1]
+    pad = lambda x, axis: jnp.pad(
+      x, [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)]
+    )
+    of_layers = lambda layers: jax.tree.map(lambda x: pad(x, -2), layers)
+    keys, values = of_layers(self.keys), of_layers(self.values)
+    return self.replace(keys=keys, values=values, segments=pad(self.segments, 1))
+
   def repeat(self, times: int) -> "KVCache":
     """Each row `times` times in a row, for several continuations of one prompt."""
     if times == 1:

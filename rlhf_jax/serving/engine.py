@@ -101,7 +101,7 @@ class SlotEngine:
     self.failures = 0  # calls to the device that raised
     self._params = params
     # Stop tokens of a config are a habit of its training; whoever chats ends at EOS, as chat.py.
-    self._stops = loaded.stops(SamplingConfig(1, 1.0, 0, 1.0, None, ()))
+    self._stops = loaded.stops(SamplingConfig(1, 1.0, 0, 1.0, None, (), 1))
     self._changed = threading.Condition()  # guards what follows
     self._waiting: collections.deque[SlotAnswer] = collections.deque()
     self._busy: dict[int, SlotAnswer] = {}

@@ -103,7 +103,7 @@ def test_greedy_decoding_with_a_cache_draws_the_tokens_that_transformers_draws(
   mask = np.array([[0] * (12 - n) + [1] * n for n in lengths], np.float32)
   prompts = PromptBatch(jnp.asarray(np.where(mask, tokens[:, :12], 0)), jnp.asarray(mask))
   settings = sampling.SamplingConfig(
-    max_new_tokens=20, temperature=0.0, top_k=0, top_p=1.0, stop=None, compact_to=()
+    max_new_tokens=20, temperature=0.0, top_k=0, top_p=1.0, stop=None, compact_to=(), cache_sizes=1
   )
   generate = jax.jit(
     lambda params, key: decode.generate(

@@ -81,6 +81,7 @@ PPO = {
       "top_p": 1.0,
       "stop": None,
       "compact_to": (),
+      "cache_sizes": 1,
     },
   },
   "eval_every": 1,

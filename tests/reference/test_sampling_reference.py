@@ -28,7 +28,13 @@ def logits():
 
 def config(temperature, top_k=0, top_p=1.0):
   return sampling.SamplingConfig(
-    max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p, stop=None, compact_to=()
+    max_new_tokens=1,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    stop=None,
+    compact_to=(),
+    cache_sizes=1,
   )
 
 

@@ -119,7 +119,13 @@ def test_greedy_continuations_are_the_same_tokens(ours, theirs, tokenizer):
   ]
   tokens, mask = pad(rows, max(map(len, rows)), tokenizer.pad_id, "left")
   config = sampling.SamplingConfig(
-    max_new_tokens=NEW_TOKENS, temperature=0.0, top_k=0, top_p=1.0, stop=None, compact_to=()
+    max_new_tokens=NEW_TOKENS,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    stop=None,
+    compact_to=(),
+    cache_sizes=1,
   )
   generate = jax.jit(
     lambda params, prompts, key: decode.generate(
