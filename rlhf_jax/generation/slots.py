@@ -109,6 +109,10 @@ class SlotDecoder:
     """The widths that prompts are padded to: powers of two, and P itself."""
     return sorted({min(bucket(n), self.prompt_length) for n in range(1, self.prompt_length + 1)})
 
+  def counts(self) -> list[int]:
+    """The numbers of prompts that are read at once, free rows filled up: one, half a group, all."""
+    return sorted({1, -(-self.group // 2), self.group})
+
   def empty(self) -> SlotState:
     """Slots in which nobody is answered, on the mesh."""
     return self._empty()
@@ -135,7 +139,7 @@ class SlotDecoder:
     """Compiles all that `admit` and `advance` may need."""
     state = self.empty()
     for width in self.widths():
-      for count in sorted({1, self.group}):
+      for count in self.counts():
         filler = Admission(0, [self.pad_id] * width, 0, 1.0, 1.0)
         state, _ = self.admit(params, state, [filler] * count)
     jax.block_until_ready(self.advance(params, state))
@@ -155,7 +159,7 @@ class SlotDecoder:
         f"slots read 1 to {self.group} prompts at a time, of 1 to {self.prompt_length} tokens; got "
         f"{len(prompts)}, of {lengths} tokens."
       )
-    rows = 1 if len(prompts) == 1 else self.group
+    rows = next(count for count in self.counts() if count >= len(prompts))
     width = min(bucket(max(lengths)), self.prompt_length)
     tokens, mask = np.full((rows, width), self.pad_id, np.int32), np.zeros((rows, width), np.int32)
     for i, one in enumerate(prompts):

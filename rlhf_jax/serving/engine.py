@@ -35,7 +35,7 @@ from rlhf_jax.serving.wording import Wording
 from rlhf_jax.text.messages import check_text
 from rlhf_jax.types import Params, UserError
 
-GROUP = 4  # prompts that are read at once; more make those who are being answered wait longer
+GROUP = 8  # prompts that are read at once; more make those who are being answered wait longer
 RETRY_SECONDS = 2.0  # between attempts to get a failing device back
 log = logging.getLogger(__name__)
 
