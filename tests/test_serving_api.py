@@ -172,6 +172,7 @@ def test_the_model_is_listed_and_found_by_name(client):
     ({"n": 0}, "n"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"messages": []}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0.type"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
   ],
 )
@@ -594,5 +595,7 @@ def test_moderations_are_openais(engine, tmp_path, client):
     two = filtering.moderations.create(input=["the cat", "the mat"])
     assert [result.flagged for result in two.results] == [False, True]
     assert two.results[1].categories.hate is True and two.results[1].category_scores.hate == 0.9
+    with pytest.raises(openai.UnprocessableEntityError, match="at least 1 item"):
+      filtering.moderations.create(input=[])
   with pytest.raises(openai.NotFoundError, match="no moderator"):
     client.moderations.create(input="x")

@@ -99,7 +99,7 @@ def ask_for_everything(url, person, count):
         there = person.known.get(mark if name == "id" else name)
         if there and draw(st.integers(0, 3)):
           values[name] = draw(st.sampled_from(there))
-    answer = case.call(headers=HEADERS, cookies=person.cookies, timeout=20)
+    answer = case.call(headers=HEADERS, cookies=person.cookies, timeout=60)
     assert answer.status_code != 500, (case, answer.text)
     case.validate_response(answer, checks=AS_DECLARED)
     statuses[case.operation.label].add(answer.status_code)

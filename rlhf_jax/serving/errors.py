@@ -32,7 +32,9 @@ MEANINGS = {  # of each status, in /openapi.json
   500: "The device failed, or the server made a mistake.",
   503: "As many wait as may, or nothing can be answered for now; see Retry-After.",
 }
-UNION_MEMBER = re.compile(r"str|int|.*[\[(].*")  # what pydantic puts between the names of fields
+UNION_MEMBER = re.compile(
+  r"str|int|TextPart|.*[\[(].*"
+)  # what pydantic puts between the names of fields
 
 
 class Told(pydantic.BaseModel):
@@ -101,8 +103,12 @@ async def _user_error(request, error: UserError) -> Response:
 
 
 async def _bad_request(request, error: RequestValidationError) -> Response:
-  """One of the fields that are wrong: the innermost, as of a union each member has complained."""
-  first = max(error.errors(), key=lambda one: len(one["loc"]))
+  """One of the fields that are wrong: the innermost, as of a union each member has complained.
+
+  Of these, what is of the right kind but cannot be tells more than what should be of another kind.
+  """
+  tells = lambda one: (len(one["loc"]), not one["type"].endswith("_type"))
+  first = max(error.errors(), key=tells)
   place = [str(part) for part in first["loc"][1:] if not UNION_MEMBER.fullmatch(str(part))]
   if first["type"] == "json_invalid":
     return _no_json()
