@@ -6,9 +6,10 @@
 Data and weights are looked for in the folders that the environment variables RLHF_JAX_DATA and
 RLHF_JAX_WEIGHTS name ("data" and "weights" without them); docs/moderation.md says what goes there.
 
-Arguments: none trains a small model from scratch; `smollm2` trains a norm and a linear head on the
-frozen lower half of SmolLM2-135M-Instruct; `tiny` runs everything in seconds, for tests, and learns
-next to nothing. docs/moderation.md has the run times and what comes of each.
+Arguments, several of them with commas between: none trains a small model from scratch; `smollm2`
+trains a norm and a linear head on the frozen lower half of SmolLM2-135M-Instruct; `reports` also
+trains on what people reported, in the file reports.jsonl; `tiny` runs everything in seconds, for
+tests, and learns next to nothing. docs/moderation.md has the run times and what comes of each.
 """
 
 import os
@@ -21,16 +22,15 @@ WEIGHTS = pathlib.Path(os.environ.get("RLHF_JAX_WEIGHTS", "weights"))
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """The config named by `arg`: "", "smollm2" or "tiny"."""
+  """The config named by `arg`: "", or names of `VARIANTS` with commas between."""
   config = small()
-  if arg == "smollm2":
-    smollm2(config)
-  elif arg == "tiny":
-    shrink(config)
-  elif arg:
-    raise ValueError(
-      f"configs/moderation.py has no variant {arg!r}; use none, 'smollm2' or 'tiny'."
-    )
+  for name in arg.split(",") if arg else ():
+    if name not in VARIANTS:
+      raise ValueError(
+        f"configs/moderation.py has no variant {name!r}; use none, or some of "
+        f"{', '.join(map(repr, VARIANTS))}."
+      )
+    VARIANTS[name](config)
   return config
 
 
@@ -136,6 +136,15 @@ def smollm2(config: ConfigDict) -> None:
   )
 
 
+def with_reports(config: ConfigDict) -> None:
+  """People's reports, as `python -m rlhf_jax.feedback export moderation` writes them, too.
+
+  What fifty of one kind do at this weight is in docs/moderation.md.
+  """
+  config.data.reports = dict(paths=("reports.jsonl",), on_malformed="error")
+  config.data.weights.reports = 0.1
+
+
 def shrink(config: ConfigDict) -> None:
   """Sizes for tests."""
   config.trunk.vocab_size = config.trunk.model.vocab_size = 320
@@ -166,3 +175,6 @@ def optim(learning_rate: float, weight_decay: float) -> dict:
     weight_decay=weight_decay,
     clip_norm=1.0,
   )
+
+
+VARIANTS = {"smollm2": smollm2, "reports": with_reports, "tiny": shrink}

@@ -5,8 +5,8 @@
   python experiments/serve.py --workdir=runs/village --host=0.0.0.0 --keys=keys.json
 
 What people say there is kept in the database that the run's config names (`store.url`), or in --db.
-The first start compiles for half a minute on two cores. Ctrl-C or SIGTERM lets answers end for
---grace s; see docs/serving.md.
+The first start compiles for half a minute on two cores, and with a moderator a bit longer. Ctrl-C
+or SIGTERM lets answers end for --grace s; see docs/serving.md.
 """
 
 from rlhf_jax import launch
@@ -51,6 +51,8 @@ def main(config, workdir, policy, **options):
   with access.listen() as listener, Store.open(db, create=True) as store:
     say(f"{loaded.name}: compiling ... ")
     began, answering = time.monotonic(), engine.start(loaded, room)
+    if moderator is not None:
+      moderator.compile()
     say(f"ready after {time.monotonic() - began:.0f} s\n")
     context = server.register(answering, loaded, workdir, store, moderator)
     server.serve(context, access, listener, options["grace"], say)

@@ -133,6 +133,12 @@ def override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
   *sections, name = key.split(".")
   for depth, part in enumerate([*sections, name]):
     inside = isinstance(config, ml_collections.ConfigDict)
+    if config is None:
+      section = ".".join(key.split(".")[:depth])
+      raise UserError(
+        f"config {section} is None, so it has no key {part!r}; take a config in which it is a "
+        f'section, or give all of it: {section}="{{{part!r}: ...}}".'
+      )
     if not inside or part not in config:
       known = sorted(config) if inside else []
       where = ".".join(key.split(".")[:depth]) or "(top level)"

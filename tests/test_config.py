@@ -214,6 +214,7 @@ def test_any_value_can_be_overridden(config_file, key, text, value):
     ("ppo.kl_coeff", "config ppo: unknown key 'kl_coeff'; did you mean 'kl_coef'?"),
     ("poo.kl_coef", r"config \(top level\): unknown key 'poo'; did you mean 'ppo'?"),
     ("ppo.kl_coef.x", "config ppo.kl_coef: unknown key 'x'"),
+    ("ppo.clip_norm.x", "config ppo.clip_norm is None, so it has no key 'x'; take a config"),
     ("ppo", "config ppo is a section; override its keys one by one, as ppo.clip_norm=..."),
   ],
 )

@@ -6,12 +6,12 @@ import pathlib
 import feedback_cases as cases
 import pytest
 
-from rlhf_jax.data import jsonl
+from rlhf_jax.data import builders, jsonl, moderation
 from rlhf_jax.data import records as data
 from rlhf_jax.feedback import __main__ as cli
 from rlhf_jax.feedback import exchange, lineage, people, tasks, training
 from rlhf_jax.feedback.labels import Candidate, Comparison, Demonstration, Judgment, Task
-from rlhf_jax.feedback.records import Feedback
+from rlhf_jax.feedback.records import Feedback, HarmReport
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.text.messages import Conversation
 from rlhf_jax.types import UserError
@@ -223,6 +223,24 @@ def test_the_command_line_takes_a_project_from_tasks_to_lineage(run, tmp_path):
   assert run("import", tmp_path / "all.jsonl", db=copy)[0] == 0
   run("export", "all", tmp_path / "again.jsonl", db=copy)
   assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "all.jsonl").read_text()
+
+
+def test_what_people_said_of_the_filter_is_read_by_the_moderators_source(run, tmp_path):
+  out, ids = tmp_path / "reports.jsonl", tmp_path / "ids.jsonl"
+  run("init")
+  with Store.open(str(tmp_path / "cli.db")) as store:
+    store.add_all(cases.one_of_each())
+    (answer,) = {report.message for report in store.records(HarmReport)}
+    store.add(HarmReport(author="eve", message=answer, category="gossip"))
+    lineage.register(store, "moderator-2", "x", {}, author="lab")
+  said = run("export", "moderation", out, "--unused-in=moderation", f"--ids={ids}")[1]
+  assert said.startswith("1 left out") and "2 records in" in said
+  config = builders.FilesConfig(paths=(str(out),), on_malformed="error")
+  found = list(moderation.read(config, moderation.parse_report))
+  assert [(e.text, dict(e.labels)) for e in found] == [("Yes.", {"hate": 0}), ("Yes.", {"hate": 1})]
+  assert {e.source for e in found} == {"feedback/output"}
+  assert run("mark-used", "moderator-2", f"--ids={ids}", "--stage=moderation")[0] == 0
+  assert "0 records in" in run("export", "moderation", out, "--unused-in=moderation")[1]
 
 
 def test_withdraw_says_what_would_go_and_deletes_with_yes_only(run, tmp_path):

@@ -329,6 +329,10 @@ def test_a_loaded_moderator_gives_the_same_verdicts(made, tmp_path):
   (tmp_path / "thresholds.json").write_text(json.dumps(edited))
   with pytest.raises(UserError, match="hate is 1.5, outside"):
     moderation.load(tmp_path)
+  for wrong in ([], edited | {"haet": edited["hate"]}):
+    (tmp_path / "thresholds.json").write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match="thresholds.json: needs the categories .*, has "):
+      moderation.load(tmp_path)
 
 
 def test_order_and_company_change_no_score(made):
@@ -366,6 +370,9 @@ def test_a_length_bucket_compiles_once_for_few_and_once_for_many(made):
   for texts in (["a"], ["b c"], TEXTS, TEXTS[::-1], ["fox " * 6], ["fox " * 200]):
     fresh(texts)
   assert set(shapes) <= {(1, 16), (4, 16), (1, 32), (4, 32)}
+  shapes.clear()
+  fresh.compile()
+  assert sorted(shapes) == [(1, 16), (1, 32), (4, 16), (4, 32)]
 
 
 def test_a_single_text_and_a_folder_without_a_moderator_are_named(made, tmp_path):

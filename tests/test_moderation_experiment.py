@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import runs
 import tiny
+from moderation_cases import EIGHT, FILE, LEARNS, arguments, overrides, run, write_data
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import launch, moderation
 from rlhf_jax.data import moderation as data_lib
-from rlhf_jax.data.moderation import CATEGORIES, LETTERS, ModerationExample
+from rlhf_jax.data.moderation import CATEGORIES, ModerationExample
 from rlhf_jax.moderation import bench as bench_lib
 from rlhf_jax.moderation import fitting, measures, page, reports, study
 from rlhf_jax.moderation.calibration import Platt, Threshold
@@ -21,54 +22,12 @@ from rlhf_jax.networks import heads
 from rlhf_jax.training import checkpoint
 from rlhf_jax.types import UserError
 
-FILE = runs.ROOT / "configs/moderation.py"
-FILLER = "the cat sat on a mat by the old river while birds sang all day long".split()
-
-
-def text(rng, *words):
-  """A text of about eight words with `words` among them."""
-  return " ".join(rng.permutation([*rng.choice(FILLER, 6), *words]))
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Samples in which a word gives each category away, and a label in three is missing; tweets."""
-  folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-  lines = []
-  for _ in range(120):
-    labels = {letter: int(rng.random() < 0.3) for letter in LETTERS}
-    words = [f"word{letter}" for letter, label in labels.items() if label]
-    known = {letter: label for letter, label in labels.items() if rng.random() < 0.67}
-    lines.append(json.dumps({"prompt": text(rng, *words), **(known or {"S": labels["S"]})}))
-  (folder / "samples.jsonl").write_text("\n".join(lines))
-  # Tweets that say "wordH" and a name are innocent here: what the moderator has to be told.
-  rows = [",class,tweet"]
-  for i in range(80):
-    word = ("wordH awful", "wordH banter", "fine")[i % 3]
-    rows.append(f'{i},{i % 3},"{text(rng, *word.split())}"')
-  (folder / "tweets.csv").write_text("\n".join(rows))
+  folder = tmp_path_factory.mktemp("data")
+  write_data(folder)
   return folder
-
-
-def overrides(folder, **more):
-  values = {
-    "data.samples.paths": str([str(folder / "samples.jsonl")]),
-    "reports.pool.paths": str([str(folder / "tweets.csv")]),
-  }
-  return values | more
-
-
-def arguments(folder, workdir, *more, **values):
-  texts = [f"--config.{key}={value}" for key, value in overrides(folder, **values).items()]
-  return [f"--config={FILE}:tiny", f"--workdir={workdir}", *texts, *more]
-
-
-def run(*args):
-  module = runs.experiment("moderate")
-  launch.run(module.main, list(args), options=module.OPTIONS)
-
-
-EIGHT = {"fit.batch_size": "8"}
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +90,7 @@ def test_every_text_is_scored_by_a_fold_that_has_not_seen_its_like(workdir, fold
 @pytest.fixture(scope="module")
 def reported(folder, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("reports")
-  more = {**EIGHT, "fit.num_epochs": "15", "fit.optim.learning_rate": "2e-2"}
-  run(*arguments(folder, workdir, "--study=reports", **more))
+  run(*arguments(folder, workdir, "--study=reports", **LEARNS))
   return workdir
 
 
@@ -231,7 +189,7 @@ def test_a_category_without_a_positive_is_a_dash_in_the_table_and_null_in_json(t
   assert page.fixed(None) == "–"
 
 
-@pytest.mark.parametrize("variant", ["", ":smollm2", ":tiny"])
+@pytest.mark.parametrize("variant", ["", ":smollm2", ":tiny", ":reports", ":smollm2,reports"])
 def test_a_config_builds_and_survives_the_way_through_json(variant):
   built = config_lib.build(ModerationConfig, config_lib.load(f"{FILE}{variant}"))
   assert config_lib.build(ModerationConfig, config_lib.to_dict(built)) == built

@@ -87,6 +87,11 @@ def export(args) -> None:
       records = exchange.dump(store)
       exchange.write(args.file, (record.to_json() for record in records))
       ids = [record.id for record in records]
+    elif args.what == "moderation":
+      stored = training.moderation_labels(store, unused_in=args.unused_in)
+      ids = training.ids_of(exchange.write_reports(args.file, stored))
+      if len(ids) < len(stored):
+        say(f"{len(stored) - len(ids)} left out: an empty text, or no category of the moderator's.")
     else:
       take = {"demonstrations": training.demonstrations, "comparisons": training.comparisons}
       stored = take[args.what](store, unused_in=args.unused_in)
@@ -219,8 +224,9 @@ def parser() -> argparse.ArgumentParser:
   name = argument("name", help="name or id of the labeler")
   reason = argument("--reason", default="", help="why, for the record")
   role = argument("--role", default="labeler", choices=("labeler", "researcher"))
-  what = argument("what", choices=("all", "demonstrations", "comparisons"))
-  unused = argument("--unused-in", choices=("sft", "reward"), help="only what trained none there")
+  what = argument("what", choices=("all", "demonstrations", "comparisons", "moderation"))
+  stages = ("sft", "reward", "moderation")
+  unused = argument("--unused-in", choices=stages, help="only what trained none there")
   ids = argument("--ids", help="a file for the records' ids, which mark-used reads")
   command("init", init, "make the database, or bring it up to date")
   command("migrate", migrate, "bring a database of an older version up to date")

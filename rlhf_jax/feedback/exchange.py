@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from rlhf_jax.data import files
+from rlhf_jax.data import files, moderation
 from rlhf_jax.data import records as data
 from rlhf_jax.feedback import rows, schema, tasks, withdrawal
 from rlhf_jax.feedback.base import Record
 from rlhf_jax.feedback.labels import Comparison, Demonstration, Task
 from rlhf_jax.feedback.records import KINDS, Withdrawal, from_json
 from rlhf_jax.feedback.store import Store, insert
-from rlhf_jax.feedback.training import Stored
+from rlhf_jax.feedback.training import ModerationLabel, Stored
 from rlhf_jax.training.files import write_text_atomic
 from rlhf_jax.types import UserError
 
@@ -71,6 +71,25 @@ def write(path: str | pathlib.Path, items: Iterable[dict]) -> None:
 def write_training(path: str | pathlib.Path, stored: Iterable[Stored]) -> None:
   """Writes demonstrations or comparisons in the form that the data source `jsonl` reads."""
   write(path, (data.to_json(one.item) for one in stored))
+
+
+def write_reports(
+  path: str | pathlib.Path, stored: Iterable[Stored[ModerationLabel]]
+) -> list[Stored[ModerationLabel]]:
+  """Writes what people said of the filter in the form of the moderation data source `reports`.
+
+  Returns what was written: a moderator learns nothing from an empty text, nor from a category that
+  is none of its own, which a person may name when they report harm.
+  """
+  known = set(moderation.CATEGORIES)
+  kept = [s for s in stored if s.item.text.strip() and known.issuperset(s.item.labels)]
+  labels = lambda item: {category: int(label) for category, label in item.labels.items()}
+  examples = (
+    moderation.ModerationExample(s.item.text, labels(s.item), f"feedback/{s.item.direction}")
+    for s in kept
+  )
+  write_text_atomic(path, moderation.write_jsonl(examples))
+  return kept
 
 
 def read(path: str | pathlib.Path) -> list[Record]:

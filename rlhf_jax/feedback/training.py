@@ -80,11 +80,15 @@ def comparison_of(record: Comparison) -> data.Comparison:
   )
 
 
-def moderation_labels(store: Store) -> list[Stored[ModerationLabel]]:
+def moderation_labels(
+  store: Store, *, unused_in: str | None = None
+) -> list[Stored[ModerationLabel]]:
   """Where people corrected the filter, or reported harm in a category.
 
-  A false positive says that the category does not hold, a false negative that it does.
+  A false positive says that the category does not hold, a false negative that it does. `unused_in`
+  as for `demonstrations`.
   """
+  used = used_ids(store, unused_in)
   messages = {message.id: message for message in store.records(ChatMessage, superseded=True)}
   verdicts = {verdict.id: verdict for verdict in store.records(Verdict, superseded=True)}
   found = []
@@ -99,7 +103,7 @@ def moderation_labels(store: Store) -> list[Stored[ModerationLabel]]:
       direction = "output" if message.role == "assistant" else "input"
       label = ModerationLabel(message.content, direction, {report.category: True})
       found.append(Stored(report.id, label))
-  return found
+  return [stored for stored in found if stored.id not in used]
 
 
 def used_ids(store: Store, stage: str | None) -> set[str]:

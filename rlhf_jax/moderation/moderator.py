@@ -112,6 +112,14 @@ class Moderator:
         found[i] = np.maximum(found[i], logits)
     return found
 
+  def compile(self) -> None:
+    """Compiles every program at once, so that no text waits for it later."""
+    length = 0
+    while length < self.design.sequence_length:
+      length = self._bucket(length + 1)
+      for count in (1, mesh_lib.batch_devices(self.mesh) + 1):
+        self._run([np.zeros(length, np.int32)] * count, length)
+
   def _bucket(self, length: int) -> int:
     """The padded length of a window: a power of two, or the longest there is."""
     return min(max(SHORTEST, 1 << (length - 1).bit_length()), self.design.sequence_length)
@@ -168,6 +176,9 @@ def load(
   shapes = jax.eval_shape(functools.partial(heads.init, design.network), jax.random.key(0))
   params, _ = checkpoint.load_params(workdir / "moderator", rules.abstract(shapes, mesh))
   table = files.read_json(workdir / "thresholds.json")
+  if not isinstance(table, dict) or set(table) != set(CATEGORIES):
+    found = sorted(table) if isinstance(table, dict) else f"{table!r:.80}"
+    raise UserError(f"thresholds.json: needs the categories {sorted(CATEGORIES)}, has {found}.")
   judged = {name: _rule(name, entry) for name, entry in table.items()}
   tokenizer = Tokenizer.load(workdir / "tokenizer")
   return Moderator(design, params, tokenizer, judged, mesh, batch_size)

@@ -31,7 +31,11 @@ def create_app(
   that shows it, as those of FastAPI load scripts from elsewhere.
   """
   app = fastapi.FastAPI(
-    title="rlhf_jax", version=rlhf_jax.__version__, docs_url=None, redoc_url=None
+    title="rlhf_jax",
+    version=rlhf_jax.__version__,
+    docs_url=None,
+    redoc_url=None,
+    responses=errors.described(403, 413, 500),  # of the guard, and of a bug
   )
   metrics = monitoring.Metrics()
   if isinstance(context.engine, monitoring.Watched):

@@ -18,7 +18,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from rlhf_jax.feedback import conversations, rows, schema, withdrawal
 from rlhf_jax.feedback.records import ChatMessage, Feedback, HarmReport, Verdict, VerdictReport
 from rlhf_jax.feedback.store import insert
-from rlhf_jax.serving import chat_filter, chat_view, visitors
+from rlhf_jax.serving import chat_filter, chat_view, errors, visitors
 from rlhf_jax.serving.chat_answers import Answers, Drawing, Ending
 from rlhf_jax.serving.chat_bodies import (
   MOST,
@@ -38,11 +38,13 @@ from rlhf_jax.types import UserError
 STATIC = pathlib.Path(__file__).parent / "static" / "chat"
 Person = Annotated[str, Depends(visitors.person_of)]
 PathId = Annotated[str, Path(pattern=r"^[0-9A-Za-z._:@-]{1,64}$")]
+FULL = errors.described(503)
+EVENTS = {200: {"content": {"text/event-stream": {}}}}
 
 
 def router(context: Context, *, patience: float = 10.0) -> APIRouter:
   """The routes of the chat page; an answer nobody listens to goes on for `patience` seconds."""
-  routes = APIRouter(tags=["chat"])
+  routes = APIRouter(tags=["chat"], responses=errors.described(401, 404, 422))
   answers = Answers(context, patience)
   _add_page(routes, context)
   _add_reading(routes, context, answers)
@@ -97,17 +99,17 @@ def _add_reading(routes: APIRouter, context: Context, answers: Answers) -> None:
 
 
 def _add_talking(routes: APIRouter, talk: Talk, answers: Answers) -> None:
-  @routes.post("/chat/messages")
+  @routes.post("/chat/messages", responses=FULL)
   async def send(body: Send, person: Person) -> JSONResponse:
     """Stores a message and begins to answer it, unless the filter blocks it."""
     return _json(await talk.send(body, person))
 
-  @routes.post("/chat/messages/{id}/answers")
+  @routes.post("/chat/messages/{id}/answers", responses=FULL)
   async def draw(id: PathId, body: Draw, person: Person) -> JSONResponse:
     """Begins one more answer to a message, or two to compare."""
     return _json(await talk.draw(id, body, person))
 
-  @routes.get("/chat/answers/{id}")
+  @routes.get("/chat/answers/{id}", response_class=StreamingResponse, responses=EVENTS)
   async def listen(id: PathId, person: Person) -> StreamingResponse:
     """An answer as server-sent events from its beginning: `text` for each piece, then `done`."""
     drawing = answers.get(id, person)

@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse
 from rlhf_jax.feedback import exchange, labels, tasks
 from rlhf_jax.feedback.records import Labeler
 from rlhf_jax.feedback.tasks import LeaseLost
-from rlhf_jax.serving import label_view, suggestions
+from rlhf_jax.serving import errors, label_view, suggestions
 from rlhf_jax.serving.context import Context
 from rlhf_jax.serving.label_bodies import (
   Dialogue,
@@ -35,6 +35,8 @@ from rlhf_jax.text.messages import Message
 from rlhf_jax.text.tokenizer import Tokenizer
 
 STATIC = pathlib.Path(__file__).parent / "static" / "label"
+LATE = errors.described(409)
+LINES = {200: {"content": {"application/x-ndjson": {}}}}
 Id = Annotated[str, Path(pattern=r"^[0-9A-Za-z._:@-]{1,64}$")]
 
 
@@ -57,7 +59,8 @@ def router(
   loaded = getattr(context.engine, "loaded", None)  # not every engine tells
   if template is None and loaded is not None:
     template, tokenizer = loaded.template, loaded.tokenizer
-  routes = APIRouter(prefix="/label", tags=["label"])
+  responses = errors.described(401, 404, 422)
+  routes = APIRouter(prefix="/label", tags=["label"], responses=responses)
   sessions = Sessions(context.store)
   _add_page(routes)
   _add_session(routes, sessions, context)
@@ -136,7 +139,7 @@ def _add_tasks(
 def _add_submissions(routes: APIRouter, sessions: Sessions, context: Context) -> None:
   store, Person = context.store, Annotated[Labeler, Depends(sessions.person)]
 
-  @routes.post("/tasks/{task}/comparison")
+  @routes.post("/tasks/{task}/comparison", responses=LATE)
   def compare(task: Id, body: Ranking, person: Person) -> dict[str, Any]:
     """Stores a ranking. Sent twice with one submission, it is one record."""
     found = _find(context, task)
@@ -154,7 +157,7 @@ def _add_submissions(routes: APIRouter, sessions: Sessions, context: Context) ->
       )
     )
 
-  @routes.post("/tasks/{task}/demonstration")
+  @routes.post("/tasks/{task}/demonstration", responses=LATE)
   def demonstrate(task: Id, body: Dialogue, person: Person) -> dict[str, Any]:
     """Stores a dialogue, each turn with its edit distance from what was suggested."""
     _find(context, task)
@@ -165,7 +168,7 @@ def _add_submissions(routes: APIRouter, sessions: Sessions, context: Context) ->
       )
     )
 
-  @routes.post("/tasks/{task}/skip")
+  @routes.post("/tasks/{task}/skip", responses=LATE)
   def skip(task: Id, body: Refusal, person: Person) -> dict[str, Any]:
     """Stores why somebody does not do a task, which goes to others."""
     _find(context, task)
@@ -190,7 +193,7 @@ def _add_suggestions(
 ) -> None:
   Person = Annotated[Labeler, Depends(sessions.person)]
 
-  @routes.post("/tasks/{task}/suggestion")
+  @routes.post("/tasks/{task}/suggestion", responses=errors.described(503))
   async def suggest(task: Id, body: Wanted, person: Person) -> dict[str, Any]:
     """What the policy would write next, for either side."""
     found = await run_in_threadpool(_require_held, context, person, task)
@@ -239,7 +242,7 @@ def _add_research(routes: APIRouter, sessions: Sessions, context: Context) -> No
     store.add_all(new)
     return {"tasks": len(new), "slots": sum(task.overlap for task in new)}
 
-  @routes.get("/tasks/export")
+  @routes.get("/tasks/export", response_class=Response, responses=LINES)
   def export_tasks(person: Researcher) -> Response:
     """All tasks, in the form that import reads."""
     every = map(exchange.task_to_json, store.records(labels.Task))

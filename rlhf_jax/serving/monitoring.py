@@ -8,6 +8,7 @@ import prometheus_client as prometheus
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rlhf_jax.serving import errors
 from rlhf_jax.serving.answers import SlotAnswer
 from rlhf_jax.serving.context import FinishReason
 from rlhf_jax.serving.engine import Status
@@ -119,7 +120,9 @@ def router(engine: object, metrics: Metrics) -> fastapi.APIRouter:
       found |= {"status": "unavailable", "why": now.why}
     return JSONResponse(found, 200 if now.healthy else 503)
 
-  @routes.get("/metrics", response_class=Response)
+  text = {"content": {"text/plain": {}}}
+
+  @routes.get("/metrics", response_class=Response, responses={200: text, **errors.described(401)})
   def figures() -> Response:
     """In Prometheus' text format."""
     text = prometheus.generate_latest(metrics.registry)

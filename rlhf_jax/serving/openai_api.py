@@ -20,21 +20,16 @@ from rlhf_jax.types import UserError
 
 MOST_AT_ONCE = 64  # answers of one request
 
-KNOWN = {
-  401: "The API key is missing or wrong.",
-  404: "There is no such model.",
-  413: "The body is too large.",
-  422: "A field is wrong or not supported.",
-  429: "The key has used up its requests or tokens of this minute.",
-  500: "The device failed, or the server made a mistake.",
-  503: "As many wait as may; see Retry-After.",
+ERRORS = (401, 404, 422, 429)
+ANSWERS = {  # to what is asked for at once and as a stream
+  200: {"content": {"text/event-stream": {}}},
+  **errors.described(503),
 }
 
 
 def router(context: Context, seconds: float | None = None) -> fastapi.APIRouter:
   """The routes; an answer ends, as with "length", after so many seconds."""
-  responses = {code: {"description": text} for code, text in KNOWN.items()}
-  routes = fastapi.APIRouter(prefix="/v1", responses=responses)
+  routes = fastapi.APIRouter(prefix="/v1", responses=errors.described(*ERRORS))
   _add_answers(routes, context, seconds)
   _add_models(routes, context.engine.model)
   _add_moderations(routes, context)
@@ -42,7 +37,7 @@ def router(context: Context, seconds: float | None = None) -> fastapi.APIRouter:
 
 
 def _add_answers(routes: fastapi.APIRouter, context: Context, seconds: float | None) -> None:
-  @routes.post("/chat/completions", tags=["chat"])
+  @routes.post("/chat/completions", tags=["chat"], responses=ANSWERS)
   async def chat(body: ChatBody, http: HttpRequest) -> Response:
     """Answers a dialogue."""
     _check(context, body)
@@ -52,7 +47,7 @@ def _add_answers(routes: fastapi.APIRouter, context: Context, seconds: float | N
     asked = _asked(body, [_request(conversation, body, most, seconds)], bool(body.logprobs))
     return await answering.respond(asked, _filter(context, http), texts, CHAT, http)
 
-  @routes.post("/completions", tags=["completions"])
+  @routes.post("/completions", tags=["completions"], responses=ANSWERS)
   async def completions(body: CompletionBody, http: HttpRequest) -> Response:
     """Goes on from a text."""
     _check(context, body)

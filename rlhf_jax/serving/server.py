@@ -14,7 +14,7 @@ from rlhf_jax import asking, moderation
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.serving import chat_page, label_page, load
 from rlhf_jax.serving.app import Settings, create_app
-from rlhf_jax.serving.context import Context, Moderator
+from rlhf_jax.serving.context import Context
 from rlhf_jax.serving.engine import SlotEngine
 from rlhf_jax.serving.keys import KeyFile
 from rlhf_jax.serving.load import Loaded
@@ -87,23 +87,27 @@ class Named:
   """A moderator under the name that records call it."""
 
   name: str
-  judge: Callable
+  judge: moderation.Moderator
+
+  def compile(self) -> None:
+    """So that no text waits for it later."""
+    self.judge.compile()
 
   def __call__(self, texts: list[str], side: str = "input") -> list:
     """See `context.Moderator`."""
     return self.judge(texts, side)
 
 
-def load_moderator(folder: str) -> Moderator | None:
-  """The moderator of a folder; None for "none".
+def load_moderator(folder: str) -> Named | None:
+  """The moderator of a folder, under the folder's name; None for "none".
 
   Raises:
     UserError: there is none.
   """
   if folder == "none":
     return None
-  path = pathlib.Path(folder)
-  return Named(path.name, moderation.load(path))
+  name = pathlib.Path(folder).expanduser().resolve().name  # of "." too
+  return Named(name, moderation.load(folder))
 
 
 def register(

@@ -47,7 +47,7 @@ async def suggest(
     request = Request(transcript(messages), stop=(PLAIN.prefix["assistant"],), seconds=SECONDS)
   answer = engine.submit(request)
   try:
-    return (await complete(answer)).strip()
+    return (await complete(answer)).replace("\0", "\ufffd").strip()  # no record may hold a NUL
   finally:
     answer.cancel()
 
