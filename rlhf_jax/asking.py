@@ -92,7 +92,7 @@ def ask(
           exchange.write(path, (task.to_json() for task in tasks))
     asked = {side: exchange.read(path) for side, path in paths.items()} if store else {}
     if store:
-      store.add_all(itertools.chain(*asked.values()))
+      rounds.file(store, [task for some in asked.values() for task in some])
     ids = {side: [task.id for task in tasks] for side, tasks in asked.items()}
     wait(run, store, [id for some in ids.values() for id in some])
     result = take(run, store, folder, ids, earlier) if store else {}

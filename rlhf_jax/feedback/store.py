@@ -169,9 +169,10 @@ def insert(connection: sa.Connection, record: Record) -> str:
     return record.id
   people = _people(connection, record)
   _check(connection, record)
-  rows.insert(connection, record, people)
+  serial = rows.insert(connection, record, people)
   if isinstance(record, Task):
-    slots = [{"task": record.id, "number": i, "work": record.work} for i in range(record.overlap)]
+    place = {"work": record.work, "behind": -record.priority, "serial": serial}
+    slots = [{"task": record.id, "number": i, **place} for i in range(record.overlap)]
     connection.execute(sa.insert(schema.slots), slots)
   return record.id
 
