@@ -19,7 +19,6 @@ import datetime
 import os
 import pathlib
 import re
-import secrets
 import subprocess
 import sys
 import threading
@@ -27,23 +26,21 @@ import time
 from collections.abc import Iterator
 
 import common
-import httpx
+import scripted
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import standing
 from rlhf_jax.data import village
 from rlhf_jax.evaluation import artifacts, tables
 from rlhf_jax.experiment import ExperimentConfig
-from rlhf_jax.feedback import lineage, people
+from rlhf_jax.feedback import lineage
 from rlhf_jax.feedback.labels import Comparison
-from rlhf_jax.feedback.records import Labeler, Policy
+from rlhf_jax.feedback.records import Policy
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.labelers import gold, simulated
-from rlhf_jax.text.messages import Conversation
 from rlhf_jax.training import metrics
 from rlhf_jax.types import UserError
 
-POLL = 1.0  # seconds between two looks of somebody who has nothing to do
 LAST = 20  # lines that are shown of a process that died
 ROOM = ("--slots=2", "--columns=2", "--context=64", "--max_new_tokens=24")  # little is drawn there
 PEOPLE_ONLY = ("labeler", "store")  # what may differ between the two runs
@@ -61,7 +58,7 @@ def main():
   folder.mkdir(parents=True, exist_ok=True)
   url, run = str(folder / "feedback.db"), folder / "people"
   asked = overrides | {"labeler": "store", "store.url": url, "store.overlap": str(given.overlap)}
-  have_ranked(config, experiment(given.config, asked, run), run, tokens(url, given.people))
+  have_ranked(config, experiment(given.config, asked, run), run, scripted.tokens(url, given.people))
   if not given.beside:
     with started("simulated", experiment(given.config, overrides, beside), folder) as process:
       process.wait()
@@ -177,22 +174,6 @@ def address(server: Process) -> str | None:
   return match and match[1]
 
 
-# People.
-
-
-def tokens(url: str, count: int) -> list[str]:
-  """Makes the store, and gives each of so many people a token."""
-  with Store.open(url, create=True) as store:
-    known = {labeler.name: labeler.id for labeler in store.records(Labeler)}
-    issued = []
-    for name in (f"person-{i}" for i in range(count)):
-      if name in known:
-        issued.append(people.new_token(store, known[name]))
-      else:
-        issued.append(people.add_labeler(store, name, "labeler", author="study")[1])
-  return issued
-
-
 def have_ranked(
   config: ExperimentConfig, command: list[str], run: pathlib.Path, issued: list[str]
 ) -> None:
@@ -207,7 +188,7 @@ def have_ranked(
       try:
         url = server.wait(lambda: address(server))
         work = [
-          pool.submit(rank, url, token, panel[i % len(panel)], over)
+          pool.submit(scripted.rank, url, token, panel[i % len(panel)], over)
           for i, token in enumerate(issued)
         ]
         process.wait(lambda: server.is_over() or any(one.done() for one in work))
@@ -217,34 +198,6 @@ def have_ranked(
         one.result()  # raises what ended it
       if not process.is_over():
         sys.exit("the server or a person ended before the run did.")
-
-
-def rank(url: str, token: str, labeler: simulated.SimulatedLabeler, over: threading.Event) -> None:
-  """Somebody who signs in and ranks whatever they are given until it is over."""
-  with httpx.Client(base_url=url, headers={"origin": url}, timeout=120.0) as page:
-    post(page, "session", token=token)
-    while not over.is_set():
-      given = post(page, "tasks/next", work="compare")["assignment"]
-      if given is None:
-        over.wait(POLL)
-        continue
-      began = time.perf_counter()
-      ranks = labeler.rank(
-        Conversation.from_json(given["messages"]), [answer["text"] for answer in given["answers"]]
-      )
-      places = [answer["place"] for answer in given["answers"]]
-      judgments = [{"rank": rank} for _, rank in sorted(zip(places, ranks))]
-      seconds = time.perf_counter() - began
-      body = {"submission": secrets.token_hex(16), "judgments": judgments, "seconds": seconds}
-      post(page, f"tasks/{given['task']}/comparison", **body)
-
-
-def post(page: httpx.Client, path: str, **body) -> dict:
-  """What the page's server answers."""
-  answer = page.post(f"/label/{path}", json=body)
-  if answer.status_code != 200:
-    raise RuntimeError(f"POST /label/{path}: {answer.status_code} {answer.text}")
-  return answer.json()
 
 
 # What came of it.
@@ -271,34 +224,37 @@ def agreement(run: pathlib.Path, beside: pathlib.Path) -> list[dict[str, int]]:
   many of these say the same as there."""
   rounds = []
   for name in (r.comparisons.name for r in artifacts.read(run).rounds):
-    read = lambda folder: [
-      ((str(item["messages"]), *item["responses"]), item["ranks"])
-      for side in ("train", "heldout")
-      for item in metrics.read_jsonl(folder / name / f"{side}.jsonl")  # noqa: B023
-    ]
-    theirs = dict(read(beside))
-    both = [(ranks, theirs[key]) for key, ranks in read(run) if key in theirs]
+    theirs = dict(rankings(beside / name))
+    both = [(ranks, theirs[key]) for key, ranks in rankings(run / name) if key in theirs]
     rounds.append({"answers": len(both), "ranks": sum(a == b for a, b in both)})
   return rounds
 
 
+def rankings(folder: pathlib.Path) -> Iterator[tuple[tuple[str, ...], list[int]]]:
+  """The texts of each ranking of a round, and the ranks."""
+  for side in ("train", "heldout"):
+    for item in metrics.read_jsonl(folder / f"{side}.jsonl"):
+      yield (str(item["messages"]), *item["responses"]), item["ranks"]
+
+
 def of_store(url: str, run: pathlib.Path) -> dict:
-  """How fast rankings came, and whether the store names each that trained a model, and no other."""
-  moment = datetime.datetime.fromisoformat
+  """How fast rankings came, and whether the store names those that trained each model.
+
+  A rate counts the seconds in which any came: people wait for the run, and the machine is shared.
+  """
   rates, trained, checks = [], set(), []
+  read = datetime.datetime.fromisoformat
   with Store.open(url) as store:
-    came = {record.id: moment(record.created_at) for record in store.records(Comparison)}
+    came = {record.id: read(record.created_at) for record in store.records(Comparison)}
     ids = {policy.checkpoint: policy.id for policy in store.records(Policy)}
     for r in artifacts.read(run).rounds:
       train, heldout = (r.comparisons.result[side]["records"] for side in ("train", "heldout"))
-      times = sorted(came[id] for id in [*train, *heldout])
-      seconds = (times[-1] - times[0]).total_seconds()
-      rates.append({"rankings": len(times), "seconds": seconds, "rate": len(times) / seconds})
+      moments = [came[id] for id in [*train, *heldout]]
+      busy = len({moment.replace(microsecond=0) for moment in moments})
+      rates.append({"rankings": len(moments), "seconds": busy, "rate": len(moments) / busy})
       trained |= set(train)
-      for path, stage in (
-        (r.reward.result["reward_model"], "reward"),
-        (r.ppo.result["policy"], "ppo"),
-      ):
+      made = {"reward": r.reward.result["reward_model"], "ppo": r.ppo.result["policy"]}
+      for stage, path in made.items():
         uses = lineage.uses(store, policy=ids[str(run / path)])
         named = {use.record for use in uses if use.stage == stage}
         check = {"model": path, "trained": len(trained), "named": len(named & trained)}
@@ -308,28 +264,26 @@ def of_store(url: str, run: pathlib.Path) -> dict:
 
 def table(found: dict) -> str:
   """Markdown: both runs side by side."""
-  ours, theirs = found["runs"]["people"], found["runs"]["simulated"]
-  figure = lambda f: f"{f['mean']:.3f} ± {f['stderr']:.3f}"
-  both = lambda name, get: f"| {name} | {get(ours)} | {get(theirs)} |"
-  rows = ["| | people, over HTTP | simulated labeler |", "|---|---:|---:|"]
-  for i, _ in enumerate(ours["gold"]):
+  runs, rates = list(found["runs"].values()), found["store"]["rates"]
+  rows = [("", "people, over HTTP", "simulated labeler"), ("---", "---:", "---:")]
+  for i in range(len(runs[0]["gold"])):
+    golds = [run["gold"][i] for run in runs]
     name = f"gold score after {f'round {i}' if i else 'SFT'}"
-    rows.append(both(name, lambda run: figure(run["gold"][i])))
-  rows.append(both("of the distance to 1 covered", lambda run: f"{run['covered']['mean']:.0%}"))
-  for i, _ in enumerate(ours["accuracy"]):
-    number, same, rate = i + 1, found["same"][i], found["store"]["rates"][i]
-    name = f"reward model {number}, accuracy on held-out pairs"
-    rows.append(both(name, lambda run: f"{run['accuracy'][i]:.3f}"))
-    rows.append(both(f"rankings, round {number}", lambda run: f"{run['rankings'][i]:,}"))
-    name, of = f"of the same answers in round {number}, ranked alike", same["answers"]
-    rows.append(f"| {name} | {same['ranks']:,} of {of:,} | |")
-    rows.append(f"| rankings a second, round {number} | {rate['rate']:.1f} | |")
+    rows.append((name, *(f"{gold['mean']:.3f} ± {gold['stderr']:.3f}" for gold in golds)))
+  covered = (f"{run['covered']['mean']:.1%}" for run in runs)
+  rows.append(("of the distance to 1 covered", *covered))
+  for i, (same, rate) in enumerate(zip(found["same"], rates)):
+    name = f"reward model of round {i + 1}, accuracy on held-out pairs"
+    rows.append((name, *(f"{run['accuracy'][i]:.3f}" for run in runs)))
+    rows.append((f"rankings in round {i + 1}", *(f"{run['rankings'][i]:,}" for run in runs)))
+    alike = f"{same['ranks']:,} of {same['answers']:,}"
+    rows.append(("ranked as the other ranked the same answers", alike, ""))
+    rows.append(("rankings a second, of seconds in which any came", f"{rate['rate']:.1f}", ""))
   for check in found["store"]["lineage"]:
-    name = f"records that trained {check['model']}, named by lineage"
     text = f"{check['named']:,} of {check['trained']:,}, and {check['others']} others"
-    rows.append(f"| {name} | {text} | |")
-  rows.append(both("minutes in all", lambda run: f"{run['seconds'] / 60:.1f}"))
-  return "\n".join(rows)
+    rows.append((f"records behind {check['model']} that lineage names", text, ""))
+  rows.append(("minutes in all", *(f"{run['seconds'] / 60:.1f}" for run in runs)))
+  return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,8 @@ def wait(run: Run, store: Store | None, tasks: Sequence[str]) -> None:
   config, began = run.config.store, time.monotonic()
   patience = math.inf if config.timeout_hours is None else 3600.0 * config.timeout_hours
   with preemption.watching(), _Line() as line:
+    if store and config.wait == "wait":
+      line.note(f"the labeling page: python experiments/serve.py --workdir={run.workdir}")
     for tick in itertools.count():
       if tick % math.ceil(config.poll_seconds / TICK) == 0:
         is_over = config.wait == "take" or time.monotonic() - began > patience
@@ -284,6 +286,10 @@ class _Line:
 
   def __exit__(self, *_) -> None:
     self.status.stop()
+
+  def note(self, text: str) -> None:
+    """Writes a line that stays."""
+    self.console.print(text)
 
   def say(self, text: str) -> None:
     """Shows how far people have come."""
