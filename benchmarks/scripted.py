@@ -53,8 +53,14 @@ def rank(url: str, token: str, labeler: simulated.SimulatedLabeler, over: thread
 
 
 def post(page: httpx.Client, path: str, **body) -> dict:
-  """What the page's server answers."""
-  answer = page.post(f"/label/{path}", json=body)
+  """What the page's server answers; asks again, as browsers do, where it has just hung up.
+
+  Nothing is done twice by that: a ranking that comes again is the same record.
+  """
+  try:
+    answer = page.post(f"/label/{path}", json=body)
+  except httpx.RemoteProtocolError:  # a connection that idled is closed while it is used again
+    answer = page.post(f"/label/{path}", json=body)
   if answer.status_code != 200:
     raise RuntimeError(f"POST /label/{path}: {answer.status_code} {answer.text}")
   return answer.json()

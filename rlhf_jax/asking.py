@@ -139,7 +139,7 @@ def wait(run: Run, store: Store | None, tasks: Sequence[str]) -> None:
         if hosts.agreed(is_over):
           return
       if preemption.is_due(tick):
-        raise preemption.Preempted("while people were ranking, whose rankings are kept,")
+        raise preemption.Preempted("while people were ranking, whose rankings are kept")
       time.sleep(min(TICK, config.poll_seconds))
 
 
