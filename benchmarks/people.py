@@ -278,11 +278,11 @@ def table(found: dict) -> str:
     rows.append((f"rankings in round {i + 1}", *(f"{run['rankings'][i]:,}" for run in runs)))
     alike = f"{same['ranks']:,} of {same['answers']:,}"
     rows.append(("ranked as the other ranked the same answers", alike, ""))
-    rows.append(("rankings a second, of seconds in which any came", f"{rate['rate']:.1f}", ""))
+    rows.append(("rankings a second, where any came", f"{rate['rate']:.1f}", ""))
   for check in found["store"]["lineage"]:
     text = f"{check['named']:,} of {check['trained']:,}, and {check['others']} others"
     rows.append((f"records behind {check['model']} that lineage names", text, ""))
-  rows.append(("minutes in all", *(f"{run['seconds'] / 60:.1f}" for run in runs)))
+  rows.append(("minutes that its phases took", *(f"{run['seconds'] / 60:.1f}" for run in runs)))
   return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
