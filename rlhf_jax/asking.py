@@ -92,7 +92,7 @@ def ask(
           exchange.write(path, (task.to_json() for task in tasks))
     asked = {side: exchange.read(path) for side, path in paths.items()} if store else {}
     if store:
-      store.add_all(itertools.chain(*asked.values()))
+      rounds.file(store, [task for some in asked.values() for task in some])
     ids = {side: [task.id for task in tasks] for side, tasks in asked.items()}
     wait(run, store, [id for some in ids.values() for id in some])
     result = take(run, store, folder, ids, earlier) if store else {}
@@ -127,6 +127,8 @@ def wait(run: Run, store: Store | None, tasks: Sequence[str]) -> None:
   config, began = run.config.store, time.monotonic()
   patience = math.inf if config.timeout_hours is None else 3600.0 * config.timeout_hours
   with preemption.watching(), _Line() as line:
+    if store and config.wait == "wait":
+      line.note(f"the labeling page: python experiments/serve.py --workdir={run.workdir}")
     for tick in itertools.count():
       if tick % math.ceil(config.poll_seconds / TICK) == 0:
         is_over = config.wait == "take" or time.monotonic() - began > patience
@@ -137,7 +139,7 @@ def wait(run: Run, store: Store | None, tasks: Sequence[str]) -> None:
         if hosts.agreed(is_over):
           return
       if preemption.is_due(tick):
-        raise preemption.Preempted("while people were ranking, whose rankings are kept,")
+        raise preemption.Preempted("while people were ranking, whose rankings are kept")
       time.sleep(min(TICK, config.poll_seconds))
 
 
@@ -284,6 +286,10 @@ class _Line:
 
   def __exit__(self, *_) -> None:
     self.status.stop()
+
+  def note(self, text: str) -> None:
+    """Writes a line that stays."""
+    self.console.print(text)
 
   def say(self, text: str) -> None:
     """Shows how far people have come."""

@@ -10,6 +10,10 @@ import sys
 import pytest
 import tiny
 
+from rlhf_jax import config as config_lib
+from rlhf_jax.experiment import ExperimentConfig
+from rlhf_jax.types import UserError
+
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
 
@@ -21,10 +25,10 @@ def benchmark(monkeypatch):
   return importlib.import_module
 
 
-def run(name, *arguments):
-  """What a benchmark writes, in a process of its own on two devices."""
-  environ = os.environ | {"RLHF_JAX_DEVICES": "2", "XLA_FLAGS": "", "RLHF_BENCH_WAIT": "0"}
-  command = [sys.executable, str(FOLDER / f"{name}.py"), "--model=toy", "--repeats=1", *arguments]
+def run(name, *arguments, toy=("--model=toy", "--repeats=1"), devices=2):
+  """What a benchmark writes, in a process of its own."""
+  environ = os.environ | {"XLA_FLAGS": "", "RLHF_BENCH_WAIT": "0", "RLHF_JAX_DEVICES": str(devices)}
+  command = [sys.executable, str(FOLDER / f"{name}.py"), *toy, *arguments]
   done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout)
@@ -82,6 +86,47 @@ def test_served_answers_are_those_of_each_request_alone():
   assert row["tokens"] == found["alone"]["tokens"] > 6
   assert found["ratio"]["median"] == pytest.approx(row["rate"] / found["alone"]["rate"])
   assert 0 < row["first_token"]["p50"] <= row["total"]["p50"] <= row["total"]["p99"]
+
+
+@pytest.mark.slow
+def test_people_who_rank_over_http_make_the_run_of_the_simulated_labeler(benchmark, tmp_path):
+  values = {  # one labeler whose slips are all that there is to learn, so that two people are alike
+    "labelers.noise": 1.0,
+    "labelers.labelers": 1,
+    "comparisons.heldout_prompts": 8,
+    "comparisons.batch_size": 16,
+    "rounds": 1,
+    "sft.num_steps": 4,
+    "sft.eval_every": 4,
+    "ppo.num_steps": 1,
+    "evaluation.prompts": 8,
+    "store.poll_seconds": 0.2,
+    "data.prepare.data_dir": tmp_path / "data",
+  }
+  config = f"{ROOT}/configs/village.py:tiny"
+  told = [f"--config={config}", f"--workdir={tmp_path}/study", "--prompts=16", "--seed=5"]
+  told += [f"--config.{key}={value}" for key, value in values.items()]
+  found = run("people", *told, toy=(), devices=1)  # one compiles fastest
+  ours, theirs = found["runs"]["people"], found["runs"]["simulated"]
+  for name in ("gold", "covered", "accuracy", "rankings"):
+    assert ours[name] == theirs[name]
+  assert found["seed"] == 5 and ours["rankings"] == [24] and 0 < ours["accuracy"][0] < 1
+  assert found["same"] == [{"answers": 24, "ranks": 24}]
+  assert [(c["trained"], c["named"], c["others"]) for c in found["store"]["lineage"]] == [
+    (16, 16, 0),
+    (16, 16, 0),
+  ]
+  study, texts = benchmark("people"), {key: str(value) for key, value in values.items()}
+  other = config_lib.build(ExperimentConfig, config_lib.load(config, texts | {"seed": "6"}))
+  with pytest.raises(UserError, match="seed"):
+    study.require_same(other, tmp_path / "study/simulated")
+
+
+def test_a_process_of_a_study_that_dies_ends_it_with_its_last_lines(benchmark, tmp_path):
+  dies = [sys.executable, "-c", "print('this is why'); raise SystemExit(3)"]
+  with pytest.raises(SystemExit, match="(?s)the run ended with 3.*this is why"):
+    with benchmark("people").started("the run", dies, tmp_path) as process:
+      process.wait()
 
 
 def test_a_comparison_alternates_and_puts_each_row_beside_the_best_peer(benchmark, tmp_path, capsys,

@@ -259,7 +259,7 @@ def test_labelers_leave_and_come_back(run):
   assert " no" in run("labelers")[1]
   assert run("activate", "Ann")[0] == 0
   assert run("token", "Ann")[1].split()[-1] != token
-  assert "from revision 0001 to 0001" in run("migrate")[1]
+  assert "from revision 0002 to 0002" in run("migrate")[1]
 
 
 @pytest.mark.parametrize(

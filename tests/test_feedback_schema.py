@@ -8,7 +8,7 @@ import feedback_cases as cases
 import pytest
 import sqlalchemy as sa
 
-from rlhf_jax.feedback import database, rows, schema, shapes
+from rlhf_jax.feedback import database, rows, schema, shapes, tasks
 from rlhf_jax.feedback.records import KINDS
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.types import UserError
@@ -78,6 +78,27 @@ def test_migrating_twice_changes_nothing_and_keeps_records(place):
     database.migrate(store.engine)
     assert shape(store.engine) == before
     assert store.get(records[-1].id) == records[-1]
+
+
+def test_slots_of_an_older_database_get_their_places_in_the_queue(place):
+  made = [cases.compare_task(priority=p, overlap=2) for p in (0, 3, -1)]
+  with Store.open(cases.new_database(*place), create=True) as store:
+    store.add_all(made)
+    (ann,) = cases.labelers(store, 1)
+    before = sorted(cases.rows_of(store, "slots"))
+    with database.writing(store.engine) as connection:  # back to the tables of revision 0001
+      for statement in (
+        "DROP INDEX ix_slots_queue",
+        "ALTER TABLE slots DROP COLUMN behind",
+        "ALTER TABLE slots DROP COLUMN serial",
+        "CREATE INDEX ix_slots_unfinished ON slots (work, task) WHERE record IS NULL",
+        "UPDATE alembic_version SET version_num = '0001'",
+      ):
+        connection.execute(sa.text(statement))
+    database.migrate(store.engine)
+    assert database.drift(store.engine) == []
+    assert sorted(cases.rows_of(store, "slots")) == before and len(before) == 6
+    assert tasks.next_task(store, ann, "compare").task.id == made[1].id
 
 
 def test_a_database_of_a_newer_version_is_refused_and_left_alone(place):

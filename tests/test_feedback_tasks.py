@@ -10,6 +10,7 @@ import threading
 
 import feedback_cases as cases
 import pytest
+import sqlalchemy as sa
 
 from rlhf_jax.feedback import people, tasks
 from rlhf_jax.feedback.labels import (
@@ -68,6 +69,28 @@ def test_a_task_goes_to_as_many_different_labelers_as_its_overlap(store):
   assert take(store, names[3]) is None
   assert {record.author for record in store.records(Comparison)} == set(names[:3])
   assert tasks.progress(store)["compare"] == tasks.Progress(1, 3, 3, 0, 0)
+
+
+def test_the_next_task_is_found_without_a_look_at_all_that_wait_or_are_done(tmp_path):
+  """Counted in instructions of SQLite's machine."""
+  with Store.open(str(tmp_path / "a.db"), create=True) as store:
+    ann, *others = cases.labelers(store, 4)
+    counted = []
+    count = lambda connection, *_: connection.set_progress_handler(lambda: counted.append(1), 1)
+    sa.event.listen(store.engine, "checkout", count)
+
+    def cost():
+      counted.clear()
+      assert take(store, others.pop()) is not None
+      return len(counted)
+
+    store.add_all(cases.compare_task() for _ in range(10))
+    few = cost()
+    store.add_all(cases.compare_task() for _ in range(400))
+    many = cost()
+    for number in range(200):
+      tasks.submit_comparison(store, ann, take(store, ann), TIE, submission=f"s{number}")
+    assert few > 100 and max(many, cost()) < 1.5 * few
 
 
 def test_higher_priority_goes_first_then_what_came_first(store):

@@ -10,6 +10,7 @@ import time
 import labeling
 import pytest
 import runs
+import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
 from rlhf_jax import asking, experiment, iterate, launch
@@ -17,7 +18,7 @@ from rlhf_jax.data import records as data
 from rlhf_jax.feedback import exchange, lineage, people, rounds, tasks, withdrawal
 from rlhf_jax.feedback.labels import Answer, Comparison, Judgment, Task
 from rlhf_jax.feedback.records import Policy
-from rlhf_jax.feedback.store import Store
+from rlhf_jax.feedback.store import CHUNK, Store
 from rlhf_jax.labelers.base import dense_ranks
 from rlhf_jax.text.messages import Conversation
 from rlhf_jax.training import preemption
@@ -325,6 +326,17 @@ def test_after_the_timeout_a_round_goes_on_with_what_is_there(bench):
     tasks.submit_comparison(store, labeler.id, found.id, done, submission=f"s{found.id}")
   result = ask(own)
   assert [len(result[side]["records"]) for side in ("train", "heldout")] == [2, 1]
+
+
+def test_many_tasks_are_filed_in_parts_and_once(bench):
+  _, store = bench()
+  new = [labeling.to_rank(ask=f"{number}?") for number in range(CHUNK + 1)]
+  parts = []
+  sa.event.listen(store.engine, "commit", lambda connection: parts.append(len(parts)))
+  rounds.file(store, new)
+  assert len(parts) == 2 and [task.id for task in store.records(Task)] == [t.id for t in new]
+  rounds.file(store, new)
+  assert len(store.records(Task)) == len(new)
 
 
 def test_a_task_that_everybody_skipped_holds_up_nothing(bench):

@@ -7,18 +7,19 @@ how far a round has come; so whoever asks may be killed at any point and simply 
 import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import sqlalchemy as sa
 
 from rlhf_jax.config import Positive, PositiveInt
 from rlhf_jax.data import records as data
 from rlhf_jax.feedback import lineage, people, schema, shapes, training
-from rlhf_jax.feedback.labels import Comparison, Overlap
+from rlhf_jax.feedback.labels import Comparison, Overlap, Task
 from rlhf_jax.feedback.store import CHUNK, Store
 from rlhf_jax.feedback.training import Stored
 
 AUTHOR = "rlhf_jax"  # of what a run writes into the store by itself
+T = TypeVar("T")
 Stage = Literal["sft", "reward", "ppo", "moderation"]
 
 
@@ -43,6 +44,15 @@ class Standing:
   wanted: int
   open: int  # tasks that somebody may still rank
   at_work: int  # people who hold one of them just now
+
+
+def file(store: Store, tasks: Sequence[Task]) -> None:
+  """Puts tasks into the queue, some at a time; those that are there already stay as they are.
+
+  One transaction for all would keep everybody else from writing for as long as thousands take.
+  """
+  for some in _chunks(tasks):
+    store.add_all(some)
 
 
 def standing(store: Store, tasks: Sequence[str]) -> Standing:
@@ -114,5 +124,5 @@ def _stored(record: Comparison) -> Stored[data.Comparison]:
   return Stored(record.id, dataclasses.replace(item, source=f"{item.source}/{record.id}"))
 
 
-def _chunks(ids: Sequence[str], size: int = CHUNK) -> Iterable[Sequence[str]]:
-  return (ids[start : start + size] for start in range(0, len(ids), size))
+def _chunks(items: Sequence[T], size: int = CHUNK) -> Iterable[Sequence[T]]:
+  return (items[start : start + size] for start in range(0, len(items), size))

@@ -12,10 +12,13 @@ from rlhf_jax.feedback.records import KINDS
 HEAD = ("author", "id", "created_at", "supersedes")  # the fields that all records have
 
 
-def insert(connection: sa.Connection, record: Record, people: set[str]) -> None:
-  """Writes a record, and whose words are in it. The caller has checked what it refers to."""
+def insert(connection: sa.Connection, record: Record, people: set[str]) -> int:
+  """Writes a record, and whose words are in it; returns its serial number.
+
+  The caller has checked what it refers to.
+  """
   head = {name: getattr(record, name) for name in HEAD} | {"kind": record.kind}
-  connection.execute(sa.insert(schema.records).values(head))
+  written = connection.execute(sa.insert(schema.records).values(head))
   if people:
     rows = [{"record": record.id, "person": person} for person in sorted(people)]
     connection.execute(sa.insert(schema.people), rows)
@@ -26,6 +29,7 @@ def insert(connection: sa.Connection, record: Record, people: set[str]) -> None:
     rows = [{"owner": record.id, "position": i, **_row(item, items)} for i, item in places]
     if rows:
       connection.execute(sa.insert(items), rows)
+  return written.inserted_primary_key.serial
 
 
 def select(connection: sa.Connection, kind: str, *conditions: Any) -> list[Record]:

@@ -230,6 +230,10 @@ slots = sa.Table(
   _column("labeler", ID, required=False),
   _column("lease_until", MOMENT, required=False),
   _reference("record"),
+  # The place in the queue, which is the task's own: its priority, turned round so that one index
+  # sorts all, and the serial of its record.
+  _column("behind", sa.Integer),
+  _column("serial", sa.BigInteger),
   sa.UniqueConstraint("task", "labeler"),
 )
 sa.Index(  # a labeler has one open assignment of a kind, however many pages they have open
@@ -240,10 +244,12 @@ sa.Index(  # a labeler has one open assignment of a kind, however many pages the
   sqlite_where=slots.c.record.is_(None),
   postgresql_where=slots.c.record.is_(None),
 )
-sa.Index(
-  "ix_slots_unfinished",
+sa.Index(  # the next task is found without a look at those behind it, or at what is done
+  "ix_slots_queue",
   slots.c.work,
-  slots.c.task,
+  slots.c.behind,
+  slots.c.serial,
+  slots.c.number,
   sqlite_where=slots.c.record.is_(None),
   postgresql_where=slots.c.record.is_(None),
 )

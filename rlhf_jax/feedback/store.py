@@ -169,9 +169,10 @@ def insert(connection: sa.Connection, record: Record) -> str:
     return record.id
   people = _people(connection, record)
   _check(connection, record)
-  rows.insert(connection, record, people)
+  serial = rows.insert(connection, record, people)
   if isinstance(record, Task):
-    slots = [{"task": record.id, "number": i, "work": record.work} for i in range(record.overlap)]
+    place = {"work": record.work, "behind": -record.priority, "serial": serial}
+    slots = [{"task": record.id, "number": i, **place} for i in range(record.overlap)]
     connection.execute(sa.insert(schema.slots), slots)
   return record.id
 
@@ -182,10 +183,10 @@ def require(connection: sa.Connection, id: str, kind: type[RecordType]) -> Recor
   Raises:
     UserError: it does not exist, is of another kind, or was withdrawn.
   """
-  head = rows.find(connection, id)
-  if head is None or head.kind != kind.kind or head.withdrawal is not None:
-    raise UserError(_absence(id, kind.kind, head))
-  return rows.load(connection, id)
+  found = rows.select(connection, kind.kind, schema.records.c.id == id)
+  if not found:
+    raise UserError(_absence(id, kind.kind, rows.find(connection, id)))
+  return found[0]
 
 
 def _absence(id: str, kind: str, head: sa.Row | None) -> str:

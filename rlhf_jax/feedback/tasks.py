@@ -309,20 +309,20 @@ def _free_slot(connection: sa.Connection, labeler: str, work: str) -> sa.Row | N
   """PostgreSQL passes over a slot that somebody is just taking; SQLite has one writer at a time."""
   slots, skips, head = schema.slots, schema.skips, schema.records
   own = slots.alias("own")
-  held = sa.select(own.c.task).where(own.c.labeler == labeler)
-  skipped = sa.select(skips.c.task).join(head, head.c.id == skips.c.id)
+  held = sa.exists().where(own.c.task == slots.c.task, own.c.labeler == labeler)
+  skipped = sa.exists().where(
+    skips.c.task == slots.c.task, head.c.id == skips.c.id, head.c.author == labeler
+  )
   query = (
     sa.select(slots)
-    .join(schema.tasks, schema.tasks.c.id == slots.c.task)
-    .join(head, head.c.id == slots.c.task)
     .where(
       slots.c.work == work,
       slots.c.record.is_(None),
       sa.or_(slots.c.labeler.is_(None), slots.c.lease_until < shapes.now()),
-      slots.c.task.not_in(held),
-      slots.c.task.not_in(skipped.where(head.c.author == labeler)),
+      ~held,
+      ~skipped,
     )
-    .order_by(schema.tasks.c.priority.desc(), head.c.serial, slots.c.number)
+    .order_by(slots.c.behind, slots.c.serial, slots.c.number)
     .limit(1)
   )
   return connection.execute(query.with_for_update(of=slots, skip_locked=True)).first()
