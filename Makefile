@@ -19,7 +19,7 @@ demo: $(VENV)/core
 	$(BIN)/python experiments/chatgpt.py --config=configs/village.py --workdir=runs/village
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

@@ -46,6 +46,7 @@ EXTRAS = {
     "playwright>=1.50,<2",  # drives the pages where a Chromium is installed
     "psycopg[binary]>=3.2,<4",  # the database is tested on PostgreSQL where one is installed
     "pytest>=8.3",
+    "pytest-xdist>=3.6,<4",  # one process of tests a core
     "ruff>=0.9",
     "schemathesis>=4.0,<5",  # looks for requests that break the server
   ],
