@@ -1,7 +1,7 @@
 """Generation: new tokens a second of the compiled decoding loop, prefill included.
 
   python benchmarks/generate.py --model=tiny [--batches=1,16,64] [--shapes=32x64,64x128]
-    [--eos] [--compact=0.75,0.5,0.375,0.25]
+    [--eos] [--compact=0.875,0.75,0.625,0.5,0.375,0.25]
 
 Without --eos no row ends early. With it the ids i % 64 == 3 all end a row, so lengths are skewed
 (about 1 in 64 a step for random weights), and the rate counts useful tokens: those up to the end.

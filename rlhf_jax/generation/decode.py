@@ -20,7 +20,7 @@ from rlhf_jax.parallel import rules
 from rlhf_jax.types import Params, PromptBatch
 
 # Columns from one look at whether all rows have ended to the next: devices meet to look.
-LOOK_EVERY = 8
+LOOK_EVERY = 4
 
 
 @flax.struct.dataclass

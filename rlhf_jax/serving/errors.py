@@ -32,9 +32,8 @@ MEANINGS = {  # of each status, in /openapi.json
   500: "The device failed, or the server made a mistake.",
   503: "As many wait as may, or nothing can be answered for now; see Retry-After.",
 }
-UNION_MEMBER = re.compile(
-  r"str|int|TextPart|.*[\[(].*"
-)  # what pydantic puts between the names of fields
+# What pydantic puts between the names of fields.
+UNION_MEMBER = re.compile(r"str|int|TextPart|.*[\[(].*")
 
 
 class Told(pydantic.BaseModel):
