@@ -87,7 +87,7 @@ def assert_close(record_property):
     else:
       pairs = [(ours, theirs, "")]
     worst = max(float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b, _ in pairs)
-    record_property("deviation", worst)
+    record_property("deviation", float(worst))
     for a, b, name in pairs:
       np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=atol, rtol=rtol, err_msg=name)
 

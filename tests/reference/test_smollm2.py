@@ -104,7 +104,7 @@ def test_logits_agree_with_transformers_to_1e_3_however_rows_are_padded(
     with torch.no_grad():
       expected = theirs(torch.tensor([row])).logits[0].numpy()
     worst = max(worst, np.abs(padded[kept] - expected).max())
-  record_property("largest deviation of a logit", worst)
+  record_property("largest deviation of a logit", float(worst))
   assert worst < 1e-3
 
 
