@@ -5,8 +5,7 @@
   python experiments/serve.py --workdir=runs/village --host=0.0.0.0 --keys=keys.json
 
 What people say there is kept in the database that the run's config names (`store.url`), or in --db.
-The first start compiles for half a minute on two cores, and with a moderator a bit longer. Ctrl-C
-or SIGTERM lets answers end for --grace s; see docs/serving.md.
+The first start compiles for a minute on two cores. Ctrl-C lets answers end; see docs/serving.md.
 """
 
 from rlhf_jax import launch
@@ -27,8 +26,7 @@ OPTIONS = {
   "port": launch.Option(8000, "the port to listen at; 0 takes a free one"),
   "slots": launch.Option(16, "answers that are under way at once"),
   "queue": launch.Option(128, "requests that may wait beside them; more get a 503"),
-  "columns": launch.Option(4, "tokens that one call to the device draws: more is faster in all, "
-                              "fewer come sooner"),
+  "columns": launch.Option(4, "tokens that a call draws: more are faster in all, fewer come sooner"),
   "max_new_tokens": launch.Option(256, "the longest answer"),
   "context": launch.Option(1024, "tokens of dialogue that the policy sees"),
   "keys": launch.Option("none", "the file of API keys, see python -m rlhf_jax.serving.keys"),

@@ -72,7 +72,7 @@ async function open(name) {
 }
 
 async function task(work, mine) {
-  const [{ assignment }, progress] = await Promise.all([post("tasks/next", { work }), get("progress")]);
+  const [{ assignment }, progress, instructions] = await Promise.all([post("tasks/next", { work }), get("progress"), guide()]);
   if (mine !== drawing) return null;
   const all = progress.all[work];
   const kind = work === "compare" ? "comparison" : "demonstration";
@@ -87,7 +87,7 @@ async function task(work, mine) {
   }
   const options = { ...me, done: () => open(tab), skip, failed };
   view = work === "compare" ? new Compare(assignment, options) : new Demonstrate(assignment, options);
-  view.element.lastElementChild.append(await guide());
+  view.element.lastElementChild.append(instructions);
   view.element.querySelector(".column").prepend(line);
   return view.element;
 }
