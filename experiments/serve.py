@@ -26,7 +26,7 @@ OPTIONS = {
   "port": launch.Option(8000, "the port to listen at; 0 takes a free one"),
   "slots": launch.Option(16, "answers that are under way at once"),
   "queue": launch.Option(128, "requests that may wait beside them; more get a 503"),
-  "columns": launch.Option(4, "tokens that a call draws: more are faster in all, fewer come sooner"),
+  "columns": launch.Option(4, "tokens a call draws: more are faster in all, fewer come sooner"),
   "max_new_tokens": launch.Option(256, "the longest answer"),
   "context": launch.Option(1024, "tokens of dialogue that the policy sees"),
   "keys": launch.Option("none", "the file of API keys, see python -m rlhf_jax.serving.keys"),
