@@ -131,15 +131,20 @@ def comparisons() -> dict:
     heldout_prompts=200,
     batch_size=256,
     prompt_length=44,
-    sampling=dict(
-      max_new_tokens=24,
-      temperature=1.0,
-      top_k=0,
-      top_p=1.0,
-      stop=None,
-      compact_to=(),
-      cache_sizes=1,
-    ),
+    sampling=sampling(),
+  )
+
+
+def sampling() -> dict:
+  """All of the policy's distribution, wherever it answers to be trained on."""
+  return dict(
+    max_new_tokens=24,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    stop=None,
+    compact_to=(),
+    cache_sizes=1,
   )
 
 
@@ -165,15 +170,7 @@ def ppo() -> dict:
       batch_size=128,
       micro_batches=1,
       prompt_length=44,
-      sampling=dict(
-        max_new_tokens=24,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        stop=None,
-        compact_to=(),
-        cache_sizes=1,
-      ),
+      sampling=sampling(),
     ),
     eval_every=10,
     frozen=(),
