@@ -84,11 +84,18 @@ def random_networks(sizes: tuple, **compute) -> Networks:
   import jax
 
   from rlhf_jax.networks import heads
-  from rlhf_jax.networks.transformer import ComputeConfig, ModelConfig
+  from rlhf_jax.networks.config import ComputeConfig, ModelConfig
 
   V, D, L, N, G, F, tied = sizes
   compute = (
-    dict(dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto")
+    dict(
+      dtype="float32",
+      scan_layers=False,
+      remat=False,
+      logit_columns=None,
+      attention="auto",
+      panels="auto",
+    )
     | compute
   )
   config = ModelConfig(V, D, L, N, G, D // N, F, 10_000.0, 1e-5, tied, ComputeConfig(**compute))

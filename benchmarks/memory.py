@@ -27,7 +27,14 @@ MODEL = dict(
   norm_eps=1e-5,
   tie_embeddings=True,
 )
-PLAIN = dict(dtype="float32", scan_layers=True, remat=False, logit_columns=None, attention="auto")
+PLAIN = dict(
+  dtype="float32",
+  scan_layers=True,
+  remat=False,
+  logit_columns=None,
+  attention="auto",
+  panels="auto",
+)
 OPTIONS = {
   "plain": {},
   "logit_columns 32": {"logit_columns": 32},

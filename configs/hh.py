@@ -95,7 +95,12 @@ def small() -> ConfigDict:
     norm_eps=1e-5,
     tie_embeddings=True,
     compute=dict(
-      dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto"
+      dtype="float32",
+      scan_layers=False,
+      remat=False,
+      logit_columns=None,
+      attention="auto",
+      panels="auto",
     ),
   )
   config.sft.update(num_steps=400, batch_size=16, sequence_length=192, eval_every=100)
@@ -224,6 +229,7 @@ def compute(logit_columns: int | None) -> dict:
     remat=False,
     logit_columns=logit_columns,
     attention="auto",
+    panels="auto",
   )
 
 

@@ -158,7 +158,14 @@ def shrink(config: ConfigDict) -> None:
 
 def compute() -> dict:
   """How networks are computed on a CPU."""
-  return dict(dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto")
+  return dict(
+    dtype="float32",
+    scan_layers=False,
+    remat=False,
+    logit_columns=None,
+    attention="auto",
+    panels="auto",
+  )
 
 
 def optim(learning_rate: float, weight_decay: float) -> dict:

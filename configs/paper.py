@@ -178,7 +178,12 @@ def common() -> ConfigDict:
     norm_eps=1e-5,
     tie_embeddings=True,
     compute=dict(
-      dtype="bfloat16", scan_layers=True, remat=True, logit_columns=256, attention="auto"
+      dtype="bfloat16",
+      scan_layers=True,
+      remat=True,
+      logit_columns=256,
+      attention="auto",
+      panels="auto",
     ),
   )
   names = ("hh-rlhf/helpful-base.jsonl.gz", "hh-rlhf/harmless-base.jsonl.gz")

@@ -101,7 +101,12 @@ def model() -> dict:
     norm_eps=1e-5,
     tie_embeddings=False,
     compute=dict(
-      dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto"
+      dtype="float32",
+      scan_layers=False,
+      remat=False,
+      logit_columns=None,
+      attention="auto",
+      panels="auto",
     ),
   )
 

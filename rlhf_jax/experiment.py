@@ -24,7 +24,7 @@ from rlhf_jax.generation.respond import Responder
 from rlhf_jax.generation.sampling import SamplingConfig, find_stops
 from rlhf_jax.labelers.simulated import LabelerConfig
 from rlhf_jax.networks import heads, pretrained
-from rlhf_jax.networks.transformer import ModelConfig
+from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.parallel import hosts, rules
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.ppo_config import PPOConfig

@@ -16,7 +16,7 @@ import tiny
 from rlhf_jax import config as config_lib
 from rlhf_jax import launch
 from rlhf_jax.networks import heads, pretrained
-from rlhf_jax.networks.transformer import ModelConfig
+from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.training import checkpoint, metrics
 from rlhf_jax.types import UserError
 

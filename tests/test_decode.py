@@ -12,7 +12,7 @@ import tiny
 from rlhf_jax.generation import compact, decode
 from rlhf_jax.generation.sampling import Stops
 from rlhf_jax.networks import heads, likelihood
-from rlhf_jax.networks.transformer import ModelConfig
+from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.types import PromptBatch
 
@@ -258,6 +258,9 @@ class Successor(nn.Module):
   """A policy that always says the id after the one it read; it needs no parameters."""
 
   config: ModelConfig
+
+  def __call__(self, tokens, positions, segments):
+    return self.logits(self.hidden(tokens, positions, segments, None)[0])
 
   def hidden(self, tokens, positions, segments, cache, first_block=0, columns=(0, None)):
     return jax.nn.one_hot(tokens[:, slice(*columns)] + 1, self.config.vocab_size), cache

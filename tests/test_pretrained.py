@@ -15,7 +15,7 @@ import tiny
 
 from rlhf_jax.generation import decode, sampling
 from rlhf_jax.networks import attention, heads, hf_layout, pretrained
-from rlhf_jax.networks.transformer import ComputeConfig, ModelConfig
+from rlhf_jax.networks.config import ComputeConfig, ModelConfig
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import PromptBatch, UserError
 
@@ -32,7 +32,12 @@ TINY = ModelConfig(
   norm_eps=1e-5,
   tie_embeddings=False,
   compute=ComputeConfig(
-    dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto"
+    dtype="float32",
+    scan_layers=False,
+    remat=False,
+    logit_columns=None,
+    attention="auto",
+    panels="auto",
   ),
 )
 TIED = dataclasses.replace(TINY, tie_embeddings=True)

@@ -54,7 +54,7 @@ def requests(count):
     yield Admission(-1, prompt, seed, *SETTINGS[seed % len(SETTINGS)])
 
 
-def serve(decoder, params, waiting):
+def serve(decoder, variables, waiting):
   """All answers, each as (ids, log-probabilities); slots are filled as soon as they are free."""
   state, waiting, busy, answers = decoder.empty(), list(enumerate(waiting)), {}, {}
   while waiting or busy:
@@ -65,11 +65,11 @@ def serve(decoder, params, waiting):
         Admission(slot, r.prompt, r.seed, r.temperature, r.top_p)
         for slot, (_, r) in zip(free, come)
       ]
-      state, first = decoder.admit(params, state, admitted)
+      state, first = decoder.admit(variables, state, admitted)
       for slot, (i, _), token, logprob in zip(free, come, first.tokens, first.logprobs):
         busy[slot], answers[i] = i, ([int(token)], [float(logprob)])
     else:
-      state, drawn = decoder.advance(params, state)
+      state, drawn = decoder.advance(variables, state)
       tokens, logprobs = np.asarray(drawn.tokens), np.asarray(drawn.logprobs)
       for slot, i in busy.items():
         answers[i][0].extend(tokens[slot].tolist())
@@ -92,7 +92,7 @@ def test_every_answer_is_the_one_that_its_prompt_gets_alone(axes, scan_layers):
   policy = heads.Policy(tiny.changed(tiny.MODEL, compute__scan_layers=scan_layers))
   params, asked = tiny.params(policy, 0), list(requests(13))
   at = decoder(policy, axes)
-  answers = serve(at, rules.place(params, at.mesh), asked)
+  answers = serve(at, at.variables(rules.place(params, at.mesh)), asked)
   for (ids, _), request in zip(answers, asked):
     alone = streamer(request.temperature, request.top_p, policy)
     assert ids == list(alone.ids(params, request.prompt, jax.random.key(request.seed)))
@@ -100,13 +100,14 @@ def test_every_answer_is_the_one_that_its_prompt_gets_alone(axes, scan_layers):
 
 
 def test_nothing_is_compiled_once_it_is_warm():
-  at, params = decoder(slots=6, columns=2), tiny.params(tiny.POLICY, 0)
-  at.warm_up(params)
+  at = decoder(slots=6, columns=2)
+  variables = at.variables(tiny.params(tiny.POLICY, 0))
+  at.warm_up(variables)
   compiled = []
   listen = lambda event, seconds, **_: compiled.append(event)
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
-    serve(at, params, requests(8))
+    serve(at, variables, requests(8))
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
   assert not [event for event in compiled if "backend_compile" in event]
@@ -114,7 +115,7 @@ def test_nothing_is_compiled_once_it_is_warm():
 
 def test_logprobs_are_those_of_a_fresh_forward_pass_and_0_where_greedy():
   at, params, asked = decoder(), tiny.params(tiny.POLICY, 0), list(requests(8))
-  for (ids, logprobs), request in zip(serve(at, params, asked), asked):
+  for (ids, logprobs), request in zip(serve(at, at.variables(params), asked), asked):
     if request.temperature == 0:
       assert logprobs == [0.0] * len(ids)
     elif request.top_p == 1.0:

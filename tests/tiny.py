@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_jax import ppo_config, rollout
 from rlhf_jax.generation.sampling import SamplingConfig
 from rlhf_jax.networks import heads
-from rlhf_jax.networks.transformer import ComputeConfig, ModelConfig
+from rlhf_jax.networks.config import ComputeConfig, ModelConfig
 from rlhf_jax.training import checkpoint
 from rlhf_jax.training.optim import OptimConfig
 from rlhf_jax.types import PromptBatch
@@ -31,7 +31,12 @@ MODEL = ModelConfig(
   norm_eps=1e-5,
   tie_embeddings=False,
   compute=ComputeConfig(
-    dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto"
+    dtype="float32",
+    scan_layers=False,
+    remat=False,
+    logit_columns=None,
+    attention="auto",
+    panels="auto",
   ),
 )
 POLICY = heads.Policy(MODEL)

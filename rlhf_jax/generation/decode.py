@@ -5,6 +5,7 @@ With several `config.cache_sizes` one loop follows the other, each with a larger
 The tokens drawn are the same.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.generation import compact, sampling
-from rlhf_jax.networks import heads
+from rlhf_jax.networks import heads, panels
 from rlhf_jax.networks.transformer import KVCache
 from rlhf_jax.parallel import rules
 from rlhf_jax.types import Params, PromptBatch
@@ -67,11 +68,18 @@ def generate(
   R, rows = config.max_new_tokens, B * samples
   shards = rules.row_shards(rows)
   positions, segments = heads.layout(prompts.mask)
-  run = lambda *inputs: policy.apply({"params": params}, *inputs, method="hidden")
-  head = lambda hidden: policy.apply({"params": params}, hidden, method="logits")
+  in_panels = {"params": params} | panels.of(policy, params)
+
+  def step_weights(rows: int) -> dict:
+    return in_panels if policy.config.compute.in_panels(rows) else {"params": params}
+
+  def head(hidden: jax.Array) -> jax.Array:
+    return policy.apply(step_weights(hidden.shape[0]), hidden, method="logits")
+
   uniforms, columns = _chance(key, R, rows), cache_columns(R, config.cache_sizes)
   blank_cache = KVCache.empty(policy.config, B, P + columns[0])
-  hidden, cache = run(prompts.tokens, positions, segments, blank_cache, 0, (P - 1, P))
+  read = functools.partial(policy.apply, {"params": params}, method="hidden")
+  hidden, cache = read(prompts.tokens, positions, segments, blank_cache, columns=(P - 1, P))
 
   def extend(state: DecodeState, hidden: jax.Array, cache: KVCache) -> DecodeState:
     """Draws column `state.step` from the hidden state [b, D] of the column before."""
@@ -85,7 +93,8 @@ def generate(
   def body(state: DecodeState) -> DecodeState:
     last = jax.lax.dynamic_slice_in_dim(state.completion.tokens, state.step - 1, 1, axis=1)
     position = (state.prompt_lengths + state.step - 1)[:, None]
-    hidden, cache = run(last, position, jnp.ones_like(position), state.cache)
+    inputs = last, position, jnp.ones_like(position), state.cache
+    hidden, cache = policy.apply(step_weights(last.shape[0]), *inputs, method="hidden")
     return extend(state, hidden[:, 0], cache)
 
   blank = _blank(rows, R, pad_id)

@@ -26,11 +26,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.generation import sampling
 from rlhf_jax.generation.stream import bucket
-from rlhf_jax.networks import heads
+from rlhf_jax.networks import heads, panels
 from rlhf_jax.networks.transformer import KVCache
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
 from rlhf_jax.types import Params, UserError
+
+Variables = dict  # of a network, as flax has them: collections of arrays
 
 
 @flax.struct.dataclass
@@ -100,8 +102,17 @@ class SlotDecoder:
     function = functools.partial(advance, self.policy, P=self.prompt_length, columns=self.columns)
     return self._compiled(function)
 
+  def variables(self, params: Params) -> Variables:
+    """What the functions below read the network from: `params`, on the mesh, made ready."""
+
+    def ready(params: Params) -> Variables:
+      few = self.policy.config.compute.in_panels(self.slots)
+      return panels.of(self.policy, params) if few else {}
+
+    return {"params": params} | mesh_lib.jit(ready, self.mesh)(params)
+
   def _compiled(self, function: Callable) -> Callable:
-    """A function `(params, state, ...) -> (state, drawn)`; the state is written in place."""
+    """A function `(variables, state, ...) -> (state, drawn)`; the state is written in place."""
     layouts = (layout(jax.eval_shape(self._blank), self.mesh), mesh_lib.replicated(self.mesh))
     return mesh_lib.jit(function, self.mesh, donate_argnums=1, out_shardings=layouts)
 
@@ -135,17 +146,17 @@ class SlotDecoder:
       drawn=zeros,
     )
 
-  def warm_up(self, params: Params) -> None:
+  def warm_up(self, variables: Variables) -> None:
     """Compiles all that `admit` and `advance` may need."""
     state = self.empty()
     for width in self.widths():
       for count in self.counts():
         filler = Admission(0, [self.pad_id] * width, 0, 1.0, 1.0)
-        state, _ = self.admit(params, state, [filler] * count)
-    jax.block_until_ready(self.advance(params, state))
+        state, _ = self.admit(variables, state, [filler] * count)
+    jax.block_until_ready(self.advance(variables, state))
 
   def admit(
-    self, params: Params, state: SlotState, prompts: Sequence[Admission]
+    self, variables: Variables, state: SlotState, prompts: Sequence[Admission]
   ) -> tuple[SlotState, Drawn]:
     """Reads up to `group` prompts into their slots; returns the first token of each, [n].
 
@@ -172,12 +183,12 @@ class SlotDecoder:
     arrivals = Arrivals(tokens, mask, column("slot", np.int32), keys, draws)
     splits = rows % mesh_lib.batch_devices(self.mesh) == 0
     place = mesh_lib.put_batch if splits else mesh_lib.put_replicated
-    state, first = self._admit(params, state, place(self.mesh, arrivals))
+    state, first = self._admit(variables, state, place(self.mesh, arrivals))
     return state, jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], first)
 
-  def advance(self, params: Params, state: SlotState) -> tuple[SlotState, Drawn]:
+  def advance(self, variables: Variables, state: SlotState) -> tuple[SlotState, Drawn]:
     """Draws `columns` more tokens in every slot, [S, columns]; those of free slots mean nothing."""
-    return self._advance(params, state)
+    return self._advance(variables, state)
 
 
 def layout(state: SlotState, mesh: Mesh) -> SlotState:
@@ -194,14 +205,14 @@ def layout(state: SlotState, mesh: Mesh) -> SlotState:
 
 
 def admit(
-  policy: heads.Policy, params: Params, state: SlotState, arrivals: Arrivals, *, P: int
+  policy: heads.Policy, variables: Variables, state: SlotState, arrivals: Arrivals, *, P: int
 ) -> tuple[SlotState, Drawn]:
   """Reads n prompts, puts them into their slots and draws their first tokens, [n]."""
   n, W = arrivals.tokens.shape
   positions, segments = heads.layout(arrivals.mask)
   blank = KVCache.empty(policy.config, n, W)
   hidden, read = policy.apply(
-    {"params": params},
+    {"params": variables["params"]},  # many rows
     arrivals.tokens,
     positions,
     segments,
@@ -211,7 +222,7 @@ def admit(
   )
   first = jnp.zeros((n,), jnp.int32)
   uniforms = _chance(arrivals.keys, first)
-  drawn = _draw(policy, params, hidden[:, 0], uniforms, arrivals.draws)
+  drawn = _draw(policy, variables, hidden[:, 0], uniforms, arrivals.draws)
   # Each device reads some of the prompts, and any of them may go into any slot.
   arrivals, read, segments, drawn = rules.replicate((arrivals, read, segments, drawn))
   here = arrivals.slots
@@ -234,7 +245,7 @@ def admit(
 
 
 def advance(
-  policy: heads.Policy, params: Params, state: SlotState, *, P: int, columns: int
+  policy: heads.Policy, variables: Variables, state: SlotState, *, P: int, columns: int
 ) -> tuple[SlotState, Drawn]:
   """Draws the next `columns` tokens of every slot, [S, columns]."""
   end = state.cache.segments.shape[1]
@@ -242,7 +253,7 @@ def advance(
   def step(state: SlotState, uniforms: jax.Array) -> tuple[SlotState, Drawn]:
     position = state.positions[:, None]
     hidden, cache = policy.apply(
-      {"params": params},
+      variables,
       state.tokens[:, None],
       position,
       jnp.ones_like(position),
@@ -252,7 +263,7 @@ def advance(
     # Who has had all R tokens has left, and must not make the others pay for a nucleus.
     top_p = jnp.where(state.drawn < end - P, state.draws.top_p, 1.0)
     draws = state.draws.replace(top_p=top_p)
-    drawn = _draw(policy, params, hidden[:, 0], uniforms, draws)
+    drawn = _draw(policy, variables, hidden[:, 0], uniforms, draws)
     return state.replace(
       cache=cache.replace(index=jnp.where(cache.index == end, P, cache.index)),
       tokens=drawn.tokens,
@@ -273,7 +284,7 @@ def _chance(keys: jax.Array, steps: jax.Array) -> jax.Array:
   return jax.vmap(one)(keys, steps)
 
 
-def _draw(policy, params, hidden, uniforms, draws: sampling.Draws) -> Drawn:
+def _draw(policy, variables, hidden, uniforms, draws: sampling.Draws) -> Drawn:
   """One token a row from hidden states [n, D]."""
-  logits = policy.apply({"params": params}, hidden, method="logits")
+  logits = policy.apply(variables, hidden, method="logits")
   return Drawn(*sampling.sample_each(logits, uniforms, draws))

@@ -20,7 +20,7 @@ from rlhf_jax.moderation import rows
 from rlhf_jax.moderation.classifier import LabelBatch
 from rlhf_jax.moderation.config import ModerationConfig
 from rlhf_jax.networks import heads, pretrained
-from rlhf_jax.networks.transformer import ModelConfig
+from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.parallel import hosts, rules
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.text import tokenizer as tokenizer_lib

@@ -7,8 +7,8 @@ from rlhf_jax.data.moderation import CATEGORIES, ModerationDataConfig, TweetsCon
 from rlhf_jax.moderation.calibration import ThresholdConfig
 from rlhf_jax.moderation.classifier import FitConfig
 from rlhf_jax.moderation.verdicts import Actions
+from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.networks.heads import Pooling
-from rlhf_jax.networks.transformer import ModelConfig
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.training import checkpoint, profile
 from rlhf_jax.types import UserError

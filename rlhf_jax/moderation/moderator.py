@@ -22,8 +22,8 @@ from rlhf_jax.moderation import rows, verdicts
 from rlhf_jax.moderation.calibration import Platt, Threshold
 from rlhf_jax.moderation.verdicts import Actions, Side, Verdict
 from rlhf_jax.networks import heads
+from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.networks.heads import Pooling
-from rlhf_jax.networks.transformer import ModelConfig
 from rlhf_jax.parallel import hosts, rules
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.text.messages import check_text

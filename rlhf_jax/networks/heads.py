@@ -15,7 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.networks.transformer import KVCache, ModelConfig, Transformer
+from rlhf_jax.networks import panels
+from rlhf_jax.networks.config import ModelConfig
+from rlhf_jax.networks.transformer import KVCache, Transformer
 from rlhf_jax.types import Params
 
 
@@ -32,6 +34,7 @@ class Policy(nn.Module):
         use_bias=False,
         dtype=self.config.compute.dtype,
         kernel_init=nn.initializers.normal(0.02),
+        dot_general_cls=panels.Product,
       )
 
   def __call__(self, tokens, positions, segments):

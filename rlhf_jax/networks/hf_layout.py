@@ -22,7 +22,7 @@ import numpy as np
 
 from rlhf_jax import config as config_lib
 from rlhf_jax.networks import heads
-from rlhf_jax.networks.transformer import ComputeConfig, ModelConfig
+from rlhf_jax.networks.config import ComputeConfig, ModelConfig
 from rlhf_jax.types import Params, UserError
 
 Shape = tuple[int, ...]
@@ -47,7 +47,12 @@ LAYER = {
 }
 # Checkpoints name their tensors layer by layer, so they are read into a network of this kind.
 COMPUTE = ComputeConfig(
-  dtype="float32", scan_layers=False, remat=False, logit_columns=None, attention="auto"
+  dtype="float32",
+  scan_layers=False,
+  remat=False,
+  logit_columns=None,
+  attention="auto",
+  panels="auto",
 )
 MOST_NAMED = 6  # tensors listed in one message; a wrong file differs in hundreds
 

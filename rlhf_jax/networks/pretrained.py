@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.networks import gguf_file, hf_layout, llama2c_file, safetensors_file
-from rlhf_jax.networks.transformer import ModelConfig
+from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.types import Params, UserError
 
 NOTHING = MappingProxyType({})

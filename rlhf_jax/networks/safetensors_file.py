@@ -16,8 +16,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.networks.hf_layout import Shape, Source
-from rlhf_jax.networks.transformer import ModelConfig
 from rlhf_jax.types import UserError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

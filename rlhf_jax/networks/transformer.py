@@ -8,67 +8,21 @@ is in tables over the paths of parameters and the names of activations (`paralle
 key-value cache is an argument and a result, so decoding is a pure function.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.config import Positive, PositiveInt
-from rlhf_jax.networks import attention, blocked
+from rlhf_jax.networks import attention, blocked, panels
 from rlhf_jax.networks.attention import attention_mask, rotary, rotate
+from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.parallel.rules import constrain
-from rlhf_jax.types import UserError
 
 SPAN_ARGUMENT = 7  # of a block's call
-
-
-@dataclasses.dataclass(frozen=True)
-class ComputeConfig:
-  """How a network is computed: what trades memory, time and rounding, and changes nothing else."""
-
-  dtype: Literal["float32", "bfloat16"]  # of activations; parameters are always float32
-  scan_layers: bool  # one compiled layer under lax.scan: compiles fast when deep, decodes slower
-  remat: bool  # the backward pass keeps the stream between blocks, and computes the rest again
-  logit_columns: PositiveInt | None  # of a row, whose logits a loss holds at once; None: all
-  # How whole rows attend: all at once, or in blocks if there are several (`blocked.py`); "auto": in
-  # blocks on a CPU.
-  attention: Literal["auto", "plain", "blocked"]
-
-  @property
-  def in_blocks(self) -> bool:
-    """Whether rows attend in blocks."""
-    on_cpu = jax.default_backend() == "cpu"
-    return self.attention == "blocked" or (self.attention == "auto" and on_cpu)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Sizes of a decoder; letters as in `types.py`."""
-
-  vocab_size: PositiveInt  # V
-  d_model: PositiveInt  # D
-  n_layers: PositiveInt  # L
-  n_heads: PositiveInt  # N
-  n_kv_heads: PositiveInt  # G
-  head_dim: PositiveInt  # H
-  d_ff: PositiveInt  # F
-  rope_base: Positive  # base of the rotary frequencies
-  norm_eps: Positive  # epsilon inside RMSNorm
-  tie_embeddings: bool  # the language-model head is the transposed embedding
-  compute: ComputeConfig
-
-  def __post_init__(self):
-    if self.n_heads % self.n_kv_heads:
-      raise UserError(
-        f"config model: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}."
-      )
-    if self.head_dim % 2:
-      raise UserError(f"config model: head_dim {self.head_dim} must be even for rotary positions.")
 
 
 @flax.struct.dataclass
@@ -138,9 +92,7 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x, layer_cache, index, mask, angles, picked=None, span=None):
     c, pick = self.config, functools.partial(_pick, picked=picked, span=span)
-    project = lambda name, heads, x: nn.DenseGeneral(
-      (heads, c.head_dim), use_bias=False, dtype=c.compute.dtype, kernel_init=_normal(), name=name
-    )(x)
+    project = lambda name, heads, x: _linear(c, (heads, c.head_dim), name)(x)
     query = rotate(project("query", c.n_heads, pick(x)), *map(pick, angles))
     key = rotate(project("key", c.n_kv_heads, x), *angles).swapaxes(1, 2)
     value = project("value", c.n_kv_heads, x).swapaxes(1, 2)
@@ -157,14 +109,7 @@ class Attention(nn.Module):
     else:
       mixed = attention.attend(query, key, value, pick(mask))
     mixed = constrain(mixed, "heads")
-    out = nn.DenseGeneral(
-      c.d_model,
-      axis=(-2, -1),
-      use_bias=False,
-      dtype=c.compute.dtype,
-      kernel_init=_normal(c.n_layers),
-      name="out",
-    )(mixed)
+    out = _linear(c, c.d_model, "out", c.n_layers, axis=(-2, -1))(mixed)
     return out, (None if layer_cache is None else (key, value))
 
 
@@ -176,13 +121,11 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x):
     c = self.config
-    dense = lambda name, size, init: nn.Dense(
-      size, use_bias=False, dtype=c.compute.dtype, kernel_init=init, name=name
-    )
     # As one matrix of tokens: XLA's CPU backward pass is a seventh faster than on [B, T, D].
     tokens = x.reshape(-1, c.d_model)
-    gate, up = dense("gate", c.d_ff, _normal())(tokens), dense("up", c.d_ff, _normal())(tokens)
-    return dense("down", c.d_model, _normal(c.n_layers))(nn.silu(gate) * up).reshape(x.shape)
+    gate, up = _linear(c, c.d_ff, "gate")(tokens), _linear(c, c.d_ff, "up")(tokens)
+    down = _linear(c, c.d_model, "down", c.n_layers)
+    return down(nn.silu(gate) * up).reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -216,7 +159,7 @@ class Transformer(nn.Module):
     if scans:
       scanned = nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, panels.COLLECTION: 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=c.n_layers,
@@ -225,6 +168,7 @@ class Transformer(nn.Module):
     else:
       self.blocks = [block(c, name=f"block_{i}") for i in range(c.n_layers)]
     self.final_norm = RMSNorm(c.norm_eps)
+    self.vocabulary = panels.Product()
 
   def __call__(
     self,
@@ -291,7 +235,8 @@ class Transformer(nn.Module):
 
   def attend_to_vocabulary(self, hidden):
     """Logits by the transposed embedding, for tied heads. [..., D] to [..., V]."""
-    return hidden @ self._table().T
+    dimensions = (((hidden.ndim - 1,), (0,)), ((), ()))
+    return self.vocabulary(hidden, self._table().T, dimensions)
 
   def _embed(self, tokens):
     """The stream [B, T, D] before the first block."""
@@ -309,6 +254,19 @@ def _pick(x: jax.Array, picked: jax.Array | None, span: tuple[int, int] | None) 
   if picked is not None:
     return jnp.take_along_axis(x, picked.reshape(*picked.shape, *(1,) * (x.ndim - 2)), axis=1)
   return x
+
+
+def _linear(config, features, name: str, n_layers: int | None = None, axis=-1) -> nn.DenseGeneral:
+  """A linear map of the last axes, without bias; with `n_layers` it writes to the stream."""
+  return nn.DenseGeneral(
+    features,
+    axis,
+    use_bias=False,
+    dtype=config.compute.dtype,
+    kernel_init=_normal(n_layers),
+    dot_general_cls=panels.Product,
+    name=name,
+  )
 
 
 def _normal(n_layers: int | None = None):

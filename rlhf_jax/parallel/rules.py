@@ -134,6 +134,12 @@ def row_shards(rows: int) -> int:
   return devices if rows % devices == 0 else 1
 
 
+def splits_parameters() -> bool:
+  """Whether devices have parts of the parameters only, in a function of `mesh.jit`."""
+  axes = jax.sharding.get_abstract_mesh().shape
+  return any(axes[name] > 1 for name in ("fsdp", "tensor")) if axes else False
+
+
 def _devices(names: str | tuple[str, ...] | None, axes: Mapping[str, int]) -> int:
   """Over how many devices one axis of an array is split."""
   return math.prod(axes[name] for name in ((names,) if isinstance(names, str) else names or ()))

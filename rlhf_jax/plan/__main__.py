@@ -68,8 +68,9 @@ def main(config, workdir, devices, chip, memory, flops, bandwidth, interconnect)
     bandwidth * GIGA or known.bandwidth,
     interconnect * GIGA or known.interconnect,
   )
-  if config.model.compute.attention == "auto":  # as it is on a chip, not on this machine's CPU
-    config_lib.override(config, "model.compute.attention", "plain")
+  for name, choice in (("attention", "plain"), ("panels", "never")):
+    if config.model.compute[name] == "auto":  # as it is on a chip, not on this machine's CPU
+      config_lib.override(config, f"model.compute.{name}", choice)
   built = config_lib.build(ExperimentConfig, config)
   mesh = mesh_lib.make(built.mesh)
   check_batches(built, mesh)

@@ -26,14 +26,14 @@ import jax
 import numpy as np
 
 from rlhf_jax.generation.sampling import SamplingConfig
-from rlhf_jax.generation.slots import Admission, SlotDecoder
+from rlhf_jax.generation.slots import Admission, SlotDecoder, Variables
 from rlhf_jax.parallel import rules
 from rlhf_jax.serving.answers import SlotAnswer, check, wake
 from rlhf_jax.serving.context import FinishReason, Overloaded, Request, Unavailable
 from rlhf_jax.serving.load import Loaded
 from rlhf_jax.serving.wording import Wording
 from rlhf_jax.text.messages import check_text
-from rlhf_jax.types import Params, UserError
+from rlhf_jax.types import UserError
 
 GROUP = 8  # prompts that are read at once; more make those who are being answered wait longer
 RETRY_SECONDS = 2.0  # between attempts to get a failing device back
@@ -83,9 +83,9 @@ def start(loaded: Loaded, room: Room) -> "SlotEngine":
     group=min(room.slots, GROUP),
     pad_id=loaded.tokenizer.pad_id,
   )
-  params = rules.place(loaded.params, mesh)
-  decoder.warm_up(params)
-  engine = SlotEngine(loaded, params, decoder, room.queue)
+  variables = decoder.variables(rules.place(loaded.params, mesh))
+  decoder.warm_up(variables)
+  engine = SlotEngine(loaded, variables, decoder, room.queue)
   engine.start()
   return engine
 
@@ -93,13 +93,13 @@ def start(loaded: Loaded, room: Room) -> "SlotEngine":
 class SlotEngine:
   """Serves the slots of one decoder; `submit` is safe from any thread."""
 
-  def __init__(self, loaded: Loaded, params: Params, decoder: SlotDecoder, queue: int):
+  def __init__(self, loaded: Loaded, variables: Variables, decoder: SlotDecoder, queue: int):
     self.model = loaded.name
     self.loaded, self.decoder, self.queue = loaded, decoder, queue
     # Told of every answer that is over, and why, before its reader is.
     self.on_end: list[Callable[[SlotAnswer, FinishReason], None]] = []
     self.failures = 0  # calls to the device that raised
-    self._params = params
+    self._variables = variables
     # Stop tokens of a config are a habit of its training; whoever chats ends at EOS, as chat.py.
     self._stops = loaded.stops(SamplingConfig(1, 1.0, 0, 1.0, None, (), 1))
     self._changed = threading.Condition()  # guards what follows
@@ -203,7 +203,7 @@ class SlotEngine:
       try:
         state = self.decoder.empty()
         if error is not None:  # whether it really computes again
-          state, drawn = self.decoder.advance(self._params, state)
+          state, drawn = self.decoder.advance(self._variables, state)
           jax.block_until_ready(drawn)
         self._broken = ""
         return state
@@ -231,12 +231,12 @@ class SlotEngine:
         Admission(slot, a.prompt, a.seed % 2**32, a.temperature, a.request.top_p)
         for slot, a in come.items()
       ]
-      state, drawn = self.decoder.admit(self._params, state, prompts)
+      state, drawn = self.decoder.admit(self._variables, state, prompts)
       self._hand_out(come, drawn.tokens[:, None], drawn.logprobs[:, None], range(len(come)))
       if 2 * len(self._busy) > self.decoder.slots:
         break
     if self._busy:
-      state, drawn = self.decoder.advance(self._params, state)
+      state, drawn = self.decoder.advance(self._variables, state)
       tokens, logprobs = np.asarray(drawn.tokens), np.asarray(drawn.logprobs)
       self._hand_out(dict(self._busy), tokens, logprobs, list(self._busy))
     return state

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.networks import hf_layout, pretrained
-from rlhf_jax.networks.transformer import ModelConfig
+from rlhf_jax.networks.config import ModelConfig
 
 PAD, EOS = 0, 2  # ids; never the same
 

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from rlhf_jax.generation import decode, sampling  # noqa: E402
 from rlhf_jax.networks import heads, hf_layout, pretrained  # noqa: E402
-from rlhf_jax.networks.transformer import ModelConfig  # noqa: E402
+from rlhf_jax.networks.config import ModelConfig  # noqa: E402
 from rlhf_jax.text.tokenizer import Tokenizer  # noqa: E402
 from rlhf_jax.types import PromptBatch  # noqa: E402
 

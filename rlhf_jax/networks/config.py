@@ -1,0 +1,64 @@
+"""What a network is: its sizes, and how it is computed."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+
+from rlhf_jax.config import Positive, PositiveInt
+from rlhf_jax.networks import panels
+from rlhf_jax.parallel import rules
+from rlhf_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+  """How a network is computed: what trades memory, time and rounding, and changes nothing else."""
+
+  dtype: Literal["float32", "bfloat16"]  # of activations; parameters are always float32
+  scan_layers: bool  # one compiled layer under lax.scan: compiles fast when deep, decodes slower
+  remat: bool  # the backward pass keeps the stream between blocks, and computes the rest again
+  logit_columns: PositiveInt | None  # of a row, whose logits a loss holds at once; None: all
+  # How whole rows attend: all at once, or in blocks if there are several (`blocked.py`); "auto": in
+  # blocks on a CPU.
+  attention: Literal["auto", "plain", "blocked"]
+  # Whether decoding multiplies with a copy of the kernels in panels (`panels.py`); "auto": on a CPU
+  # where a device has few rows and all of the parameters.
+  panels: Literal["auto", "always", "never"]
+
+  @property
+  def in_blocks(self) -> bool:
+    """Whether rows attend in blocks."""
+    on_cpu = jax.default_backend() == "cpu"
+    return self.attention == "blocked" or (self.attention == "auto" and on_cpu)
+
+  def in_panels(self, rows: int) -> bool:
+    """Whether a decoding step of so many rows multiplies with panels; asked in `mesh.jit`."""
+    few = 1 < rows // rules.row_shards(rows) <= panels.MOST_ROWS
+    fits = jax.default_backend() == "cpu" and few and not rules.splits_parameters()
+    return self.panels == "always" or (self.panels == "auto" and fits)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Sizes of a decoder; letters as in `types.py`."""
+
+  vocab_size: PositiveInt  # V
+  d_model: PositiveInt  # D
+  n_layers: PositiveInt  # L
+  n_heads: PositiveInt  # N
+  n_kv_heads: PositiveInt  # G
+  head_dim: PositiveInt  # H
+  d_ff: PositiveInt  # F
+  rope_base: Positive  # base of the rotary frequencies
+  norm_eps: Positive  # epsilon inside RMSNorm
+  tie_embeddings: bool  # the language-model head is the transposed embedding
+  compute: ComputeConfig
+
+  def __post_init__(self):
+    if self.n_heads % self.n_kv_heads:
+      raise UserError(
+        f"config model: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}."
+      )
+    if self.head_dim % 2:
+      raise UserError(f"config model: head_dim {self.head_dim} must be even for rotary positions.")

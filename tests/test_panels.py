@@ -1,0 +1,105 @@
+"""Products by panels are the plain ones."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from rlhf_jax.generation import decode
+from rlhf_jax.generation.sampling import Stops
+from rlhf_jax.networks import heads, panels
+from rlhf_jax.parallel import mesh as mesh_lib
+from rlhf_jax.parallel import rules
+
+B, P = 8, 5
+NETWORKS = {
+  "plain": {},
+  "tied": {"tie_embeddings": True},
+  "scanned": {"compute__scan_layers": True},
+  "several panels": {"d_ff": 150, "vocab_size": 200},
+}
+
+
+def mesh_of(axes):
+  types, devices = (jax.sharding.AxisType.Auto,) * 3, jax.devices()[: int(np.prod(axes))]
+  return jax.make_mesh(axes, ("data", "fsdp", "tensor"), types, devices=devices)
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 200])
+def test_panels_hold_every_column_of_a_kernel(columns):
+  chance = np.random.default_rng(0)
+  x, kernel = chance.normal(size=(3, 7)), chance.normal(size=(7, columns))
+  made = panels.cut(jnp.asarray(kernel))
+  assert made.shape == (-(-columns // 64), 7, 64)
+  np.testing.assert_allclose(
+    panels.multiply(jnp.asarray(x), made)[:, :columns], x @ kernel, rtol=1e-5, atol=1e-6
+  )
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_gives_the_same_logits_from_its_panels_alone(name):
+  policy = heads.Policy(tiny.changed(tiny.MODEL, **NETWORKS[name]))
+  params = tiny.params(policy, 0)
+  tokens = tiny.random_tokens((3, 9), 0)
+  inputs = tokens, *heads.layout(jnp.ones_like(tokens))
+  expected = policy.apply({"params": params}, *inputs)
+  made = jax.jit(functools.partial(panels.of, policy))(params)
+  # Kernels of NaN show that none of them is read; norms and the embedding are no products.
+  gone = lambda path, x: x * jnp.nan if rules.path_name(path).endswith("kernel") else x
+  gone = jax.tree_util.tree_map_with_path(gone, params)
+  assert np.all(np.isnan(policy.apply({"params": gone}, *inputs)))
+  got = policy.apply({"params": gone} | made, *inputs)
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_making_them_leaves_the_parameters_as_they_are():
+  created = tiny.POLICY.init(jax.random.key(0), *(jnp.zeros((1, 2), jnp.int32),) * 3)
+  assert set(created) == {"params"}
+  made = panels.of(tiny.POLICY, created["params"])
+  kernels = [p for p, _ in jax.tree_util.tree_leaves_with_path(created) if "kernel" in str(p)]
+  assert len(jax.tree.leaves(made)) == len(kernels) > 0
+
+
+@functools.cache
+def sampled(choice, axes=(1, 1, 1), **changes):
+  policy = heads.Policy(tiny.changed(tiny.MODEL, compute__panels=choice, **changes))
+  sampling = tiny.changed(tiny.SAMPLING, max_new_tokens=6, cache_sizes=2, compact_to=(0.5, 0.25))
+  mesh = mesh_of(axes)
+  generate = functools.partial(
+    decode.generate, policy, config=sampling, stops=Stops(tuple(range(1, 9))), pad_id=tiny.PAD
+  )
+  params = rules.place(tiny.params(policy, 0), mesh)
+  prompts = mesh_lib.put_batch(mesh, tiny.mixed_prompts(B, P, 0))
+  return jax.device_get(mesh_lib.jit(generate, mesh)(params, prompts, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 1, 1), (1, 2, 2)])
+def test_decoding_by_panels_draws_the_same_tokens(axes, name):
+  expected = sampled("never", **NETWORKS[name])
+  got = sampled("always", axes, **NETWORKS[name])
+  np.testing.assert_array_equal(got.tokens, expected.tokens)
+  np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
+  assert 0 < expected.finished.sum() < B
+
+
+@pytest.mark.parametrize(
+  ("choice", "axes", "rows", "expected"),
+  [
+    ("auto", (1, 1, 1), 1, False),
+    ("auto", (1, 1, 1), 32, True),
+    ("auto", (1, 1, 1), 33, False),
+    ("auto", (2, 1, 1), 64, True),
+    ("auto", (1, 2, 1), 8, False),
+    ("auto", (1, 1, 2), 8, False),
+    ("always", (1, 1, 2), 99, True),
+    ("never", (1, 1, 1), 8, False),
+  ],
+)
+def test_a_cpu_uses_them_for_few_rows_where_it_has_the_whole_network(choice, axes, rows, expected):
+  compute, found = tiny.changed(tiny.MODEL.compute, panels=choice), []
+  mesh_lib.jit(lambda: found.append(compute.in_panels(rows)), mesh_of(axes))()
+  assert found == [expected]
