@@ -182,10 +182,16 @@ def wait_for_quiet() -> None:
 
 
 def repeat(function: Callable[[], float | None], repeats: int) -> list[Repetition]:
-  """The `repeats` calls least disturbed by others, of at most twice as many and one."""
+  """The `repeats` calls least disturbed by others, of at most twice as many and one.
+
+  One follows the other as steps of a run do, unless it was disturbed: after a pause of a second, a
+  virtual machine's host may have taken back the memory that a step needs.
+  """
   done = []
+  wait_for_quiet()
   while sum(r.foreign <= MOST_FOREIGN for r in done) < repeats and len(done) < 2 * repeats + 1:
-    wait_for_quiet()
+    if done and done[-1].foreign > MOST_FOREIGN:
+      wait_for_quiet()
     done.append(timed(function))
   return sorted(done, key=lambda r: r.foreign)[:repeats]
 

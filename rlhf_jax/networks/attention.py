@@ -10,7 +10,17 @@ def rotary(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array,
   """Cosine and sine [B, T, H/2] of the rotary angles, float32 (Su et al. 2021, eq. 15)."""
   frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
   angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-  return jnp.cos(angles), jnp.sin(angles)
+  return _once(jnp.cos(angles)), _once(jnp.sin(angles))
+
+
+def _once(x: jax.Array) -> jax.Array:
+  """`x`, computed once: XLA's CPU compiler would do it again in every layer, for every head.
+
+  It merges all but products into their readers, so this is one, with the identity.
+  """
+  if jax.default_backend() != "cpu":
+    return x
+  return jnp.matmul(x, jnp.eye(x.shape[-1]), precision="highest")
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -42,7 +42,7 @@ def _backward(start, kept, gradient):
   G = key.shape[1]
   inputs = _by_head(query, G), key, value, out, normaliser, _by_head(gradient, G)
   read_backwards = functools.partial(_read_backwards, start)
-  of_query, of_key, of_value = _each_head(read_backwards, mask, *inputs)
+  of_query, of_key, of_value = _each_head(read_backwards, mask.swapaxes(1, 2), *inputs)
   return _by_column(of_query), of_key, of_value, None
 
 
@@ -65,30 +65,36 @@ def _read(start, query, key, value, mask):
 
 
 def _read_backwards(start, query, key, value, out, normaliser, gradient, mask):
-  """Gradients of query [M, C, H], key and value [T, H], from that of the output.
+  """Gradients of query [M, C, H], key and value [T, H], from that of the output; mask [T, C].
 
   With weights P, scores S and output O: dV = P' dO, dS = P (dO V' - sum(dO O)), dQ = dS K,
-  dK = dS' Q.
+  dK = dS' Q. What is computed is P' and dS', so that no product has to turn its larger factor over;
+  the queries q of a block are those of all M heads, side by side.
   """
-  dtype = value.dtype
-  ones = jnp.ones((query.shape[-1],))  # as a product the sum over so short an axis is faster
+  M, C, H = query.shape
+  dtype, scale = value.dtype, H**-0.5
+  ones = jnp.ones((H,))  # as a product the sum over so short an axis is faster
   inner = (out.astype(jnp.float32) * gradient) @ ones
   of_query = []
   of_key, of_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
-  for rows in _blocks(query.shape[1]):
+  for rows in _blocks(C):
     seen = slice(0, start + rows.stop)
-    some, moved = query[:, rows], gradient[:, rows]
-    scores = _scores(some, key[seen])
-    weights = jnp.exp(scores - normaliser[:, rows, None])
-    weights = jnp.where(mask[None, rows, seen], weights, 0.0)
-    by_weight = _product("mth,sh->mts", moved, value[seen])
-    by_score = (weights * (by_weight - inner[:, rows, None]) * query.shape[-1] ** -0.5).astype(
-      dtype
-    )
-    of_query.append(_product("mts,sh->mth", by_score, key[seen]).astype(dtype))
-    of_key = of_key.at[seen].add(_product("mts,mth->sh", by_score, some))
-    of_value = of_value.at[seen].add(_product("mts,mth->sh", weights.astype(dtype), moved))
+    some, moved, shift, less = (_beside(x, rows) for x in (query, gradient, normaliser, inner))
+    scores = _product("sh,qh->sq", key[seen], some * scale)
+    weights = jnp.exp(scores - shift[None])
+    weights = jnp.where(jnp.tile(mask[seen, rows], (1, M)), weights, 0.0)
+    by_weight = _product("sh,qh->sq", value[seen], moved)
+    by_score = (weights * (by_weight - less[None]) * scale).astype(dtype)
+    turned = _product("sh,sq->hq", key[seen], by_score).astype(dtype)
+    of_query.append(turned.T.reshape(M, -1, H))
+    of_key = of_key.at[seen].add(_product("sq,qh->sh", by_score, some))
+    of_value = of_value.at[seen].add(_product("sq,qh->sh", weights.astype(dtype), moved))
   return jnp.concatenate(of_query, axis=1), of_key.astype(dtype), of_value.astype(dtype)
+
+
+def _beside(x: jax.Array, rows: slice) -> jax.Array:
+  """Some queries of all M heads, [M, C, ...] to [q, ...]."""
+  return x[:, rows].reshape(-1, *x.shape[2:])
 
 
 def _scores(query, key):
@@ -108,12 +114,13 @@ def _blocks(length: int) -> list[slice]:
 
 
 def _each_head(function, mask, *arrays):
-  """`function(*arrays, mask)` of every row and head; arrays [B, G, ...], mask [B, C, T]."""
+  """`function(*arrays, mask)` of every row and head; arrays are [B, G, ...], a mask [B, ...]."""
 
   def local(mask, *arrays):
     rows, heads = arrays[0].shape[:2]
     flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
-    fitting = TILE // (flat[0].shape[1] * min(mask.shape[1], BLOCK) * mask.shape[2])
+    (_, M, C, _), T = flat[0].shape, flat[1].shape[1]  # of queries and keys
+    fitting = TILE // (M * min(C, BLOCK) * T)
     one = lambda x: function(*x[1:], mask[x[0] // heads])
     # A divisor, so that there is no rest, which would be compiled as well.
     at_once = next(

@@ -57,6 +57,12 @@ class Policy(nn.Module):
       return self.trunk.attend_to_vocabulary(hidden).astype(jnp.float32)
     return self.lm_head(hidden).astype(jnp.float32)
 
+  def head_kernel(self) -> jax.Array:
+    """The matrix [D, V] that `logits` multiplies with, float32."""
+    if self.config.tie_embeddings:
+      return self.trunk.embed.embedding.T
+    return self.lm_head.variables["params"]["kernel"]
+
 
 class ScalarNetwork(nn.Module):
   """A trunk with one number a token: the critic's value, or the reward model's score.

@@ -127,6 +127,30 @@ def own_rows_and_heads(function: Callable, rows: int, heads: int) -> Callable:
   return split
 
 
+def sum_over_rows(function: Callable, rows: int) -> Callable:
+  """`function(whole, *arrays) -> (sums, columns)` on the rows of each device alone, in `mesh.jit`.
+
+  Arrays and columns are [B, ...]. Sums over rows are added up when all is done, not in the loops of
+  `function`, as the compiler would. Where `tensor` splits what is whole, it is the compiler's.
+  """
+  axes = jax.sharding.get_abstract_mesh().shape
+  if row_shards(rows) == 1 or axes["tensor"] > 1:
+    return function
+  row = P(*mesh_lib.BATCH)
+
+  def added(whole, *arrays):
+    sums, columns = function(whole, *arrays)
+    return jax.lax.psum(sums, mesh_lib.BATCH[0]), columns
+
+  def split(whole, *arrays):
+    specs = (P(), *(row for _ in arrays))
+    return jax.shard_map(added, in_specs=specs, out_specs=(P(), row), check_vma=False)(
+      whole, *arrays
+    )
+
+  return split
+
+
 def row_shards(rows: int) -> int:
   """Over how many devices a batch of so many rows is split, in a function of `mesh.jit`."""
   axes = jax.sharding.get_abstract_mesh().shape
