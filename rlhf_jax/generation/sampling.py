@@ -147,8 +147,9 @@ def sample_each(logits: jax.Array, uniforms: jax.Array, draws: Draws):
   scaled = logits / jnp.where(greedy, 1.0, draws.temperature)[:, None]
   cut = lambda: jnp.where(cuts[:, None], nucleus(scaled, draws.top_p[:, None]), scaled)
   tokens, logprobs = _sample(jax.lax.cond(jnp.any(cuts), cut, lambda: scaled), uniforms)
-  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  return jnp.where(greedy, best, tokens), jnp.where(greedy, 0.0, logprobs)
+  likeliest = lambda: jnp.where(greedy, jnp.argmax(logits, axis=-1).astype(jnp.int32), tokens)
+  tokens = jax.lax.cond(jnp.any(greedy), likeliest, lambda: tokens)
+  return tokens, jnp.where(greedy, 0.0, logprobs)
 
 
 def _sample(logits: jax.Array, uniforms: jax.Array):
