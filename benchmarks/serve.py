@@ -6,7 +6,9 @@
 Every client is a connection to a server on loopback and reads its stream to the end. One at a time
 is on a server of one slot, the fastest for that; answers are compared between the two. Weights are
 random, and an answer ends early where the EOS is drawn. Seconds are those that clients see: HTTP,
-JSON and the text of the tokens included.
+JSON and the text of the tokens included. "ratio" is that of the two rates; "ratio_there" is to what
+the server of many slots gives when it is asked one request at a time, as one answer leaves most of
+its work unused.
 """
 
 import common
@@ -35,6 +37,8 @@ from rlhf_jax.serving.context import Context
 from rlhf_jax.serving.load import Loaded
 from rlhf_jax.text import dialogue
 from rlhf_jax.text.tokenizer import Tokenizer
+
+SOME = 20  # requests, asked one at a time of a server of many slots
 
 
 def main():
@@ -98,6 +102,7 @@ def measure(loaded: Loaded, many, single, bodies: list[dict], repeats: int) -> d
     for number in range(repeats):
       common.wait_for_quiet()
       at_once[f"run_{number}"], texts = asyncio.run(ask(url, bodies, together=True))
+    alone_there, _ = asyncio.run(ask(url, bodies[:SOME], together=False))
   with serving(loaded, single) as url:
     asyncio.run(ask(url, bodies[:2], together=True))
     common.wait_for_quiet()
@@ -107,9 +112,11 @@ def measure(loaded: Loaded, many, single, bodies: list[dict], repeats: int) -> d
     "unit": "tokens/s",
     "rate": common.spread(rates),
     "ratio": common.spread([rate / alone["rate"] for rate in rates]),
+    "ratio_there": common.spread([rate / alone_there["rate"] for rate in rates]),
     "same_answers": sum(map(str.__eq__, texts, expected)) / len(texts),
     "at_once": at_once,
     "alone": alone,
+    "alone_there": alone_there,
   }
 
 
