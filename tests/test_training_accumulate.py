@@ -93,7 +93,8 @@ def test_a_step_in_micro_batches_is_the_step_of_the_whole_batch(stage):
 
 
 def test_micro_batches_hold_their_share_of_the_activations():
-  policy = type(tiny.POLICY)(tiny.changed(tiny.MODEL, vocab_size=4_096))
+  whole = tiny.changed(tiny.MODEL, vocab_size=4_096, compute__logit_columns=1_000)
+  policy = type(tiny.POLICY)(whole)
   params = jax.eval_shape(lambda: tiny.params(policy, 0))
   rows = jax.tree.map(lambda x: np.tile(x, (16, *(1,) * (x.ndim - 1))), token_batch())
 

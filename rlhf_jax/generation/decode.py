@@ -68,14 +68,7 @@ def generate(
   R, rows = config.max_new_tokens, B * samples
   shards = rules.row_shards(rows)
   positions, segments = heads.layout(prompts.mask)
-  in_panels = {"params": params} | panels.of(policy, params)
-
-  def step_weights(rows: int) -> dict:
-    return in_panels if policy.config.compute.in_panels(rows) else {"params": params}
-
-  def head(hidden: jax.Array) -> jax.Array:
-    return policy.apply(step_weights(hidden.shape[0]), hidden, method="logits")
-
+  variables = _by_rows(policy, params)
   uniforms, columns = _chance(key, R, rows), cache_columns(R, config.cache_sizes)
   blank_cache = KVCache.empty(policy.config, B, P + columns[0])
   read = functools.partial(policy.apply, {"params": params}, method="hidden")
@@ -84,7 +77,8 @@ def generate(
   def extend(state: DecodeState, hidden: jax.Array, cache: KVCache) -> DecodeState:
     """Draws column `state.step` from the hidden state [b, D] of the column before."""
     drawn = compact.take(uniforms[state.step], state.rows)
-    tokens, logprobs = sampling.sample(head(hidden), drawn, config)
+    logits = policy.apply(variables(hidden.shape[0]), hidden, method="logits")
+    tokens, logprobs = sampling.sample(logits, drawn, config)
     completion = _append(state.completion, state.step, tokens, logprobs, stops, pad_id)
     look = lambda: compact.needed(completion.finished, shards)
     needed = jax.lax.cond(state.step % LOOK_EVERY == 0, look, lambda: state.needed)
@@ -94,7 +88,7 @@ def generate(
     last = jax.lax.dynamic_slice_in_dim(state.completion.tokens, state.step - 1, 1, axis=1)
     position = (state.prompt_lengths + state.step - 1)[:, None]
     inputs = last, position, jnp.ones_like(position), state.cache
-    hidden, cache = policy.apply(step_weights(last.shape[0]), *inputs, method="hidden")
+    hidden, cache = policy.apply(variables(last.shape[0]), *inputs, method="hidden")
     return extend(state, hidden[:, 0], cache)
 
   blank = _blank(rows, R, pad_id)
@@ -112,6 +106,12 @@ def generate(
     state = _fill(state, body, held, sizes)
     state = state.replace(cache=state.cache.grow(P + larger))
   return _finish(state, blank, body, sizes)
+
+
+def _by_rows(policy: heads.Policy, params: Params) -> Callable[[int], dict]:
+  """What a step of so many rows applies the policy to; panels are made once, before all steps."""
+  in_panels = {"params": params} | panels.of(policy, params)
+  return lambda rows: in_panels if policy.config.compute.in_panels(rows) else {"params": params}
 
 
 def _chance(key: jax.Array, R: int, rows: int) -> jax.Array:
