@@ -83,22 +83,12 @@ def random_networks(sizes: tuple, **compute) -> Networks:
   """Networks of these sizes, in the order of `MODELS`, with random weights."""
   import jax
 
-  from rlhf_jax.networks import heads
-  from rlhf_jax.networks.config import ComputeConfig, ModelConfig
+  from rlhf_jax.networks import heads, hf_layout
+  from rlhf_jax.networks.config import ModelConfig
 
   V, D, L, N, G, F, tied = sizes
-  compute = (
-    dict(
-      dtype="float32",
-      scan_layers=False,
-      remat=False,
-      logit_columns=None,
-      attention="auto",
-      panels="auto",
-    )
-    | compute
-  )
-  config = ModelConfig(V, D, L, N, G, D // N, F, 10_000.0, 1e-5, tied, ComputeConfig(**compute))
+  compute = dataclasses.replace(hf_layout.COMPUTE, **compute)
+  config = ModelConfig(V, D, L, N, G, D // N, F, 10_000.0, 1e-5, tied, compute)
   policy, scalar = heads.Policy(config), heads.ScalarNetwork(config)
   init = lambda network, seed: jax.jit(lambda key: heads.init(network, key))(jax.random.key(seed))
   return Networks(policy, scalar, init(policy, 0), init(scalar, 1))

@@ -94,14 +94,7 @@ def small() -> ConfigDict:
     rope_base=10_000.0,
     norm_eps=1e-5,
     tie_embeddings=True,
-    compute=dict(
-      dtype="float32",
-      scan_layers=False,
-      remat=False,
-      logit_columns=None,
-      attention="auto",
-      panels="auto",
-    ),
+    compute=compute(logit_columns=None),
   )
   config.sft.update(num_steps=400, batch_size=16, sequence_length=192, eval_every=100)
   config.sft.optim.update(learning_rate=2e-3, warmup_steps=40)

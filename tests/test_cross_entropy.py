@@ -82,8 +82,7 @@ def test_a_token_without_weight_changes_nothing_whatever_it_is():
 
 @pytest.mark.parametrize("axes", [(2, 1, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (8, 1, 1)])
 def test_every_mesh_gives_the_numbers_of_one_device(axes):
-  types, devices = (jax.sharding.AxisType.Auto,) * 3, jax.devices()[: int(np.prod(axes))]
-  mesh = jax.make_mesh(axes, ("data", "fsdp", "tensor"), types, devices=devices)
+  mesh = tiny.mesh(axes)
   policy, params, *arrays = case()
   split = mesh_lib.put_batch if B % mesh_lib.batch_devices(mesh) == 0 else mesh_lib.put_replicated
   policy = with_columns(policy, 4)

@@ -23,11 +23,6 @@ NETWORKS = {
 }
 
 
-def mesh_of(axes):
-  types, devices = (jax.sharding.AxisType.Auto,) * 3, jax.devices()[: int(np.prod(axes))]
-  return jax.make_mesh(axes, ("data", "fsdp", "tensor"), types, devices=devices)
-
-
 @pytest.mark.parametrize("columns", [1, 63, 64, 65, 200])
 def test_panels_hold_every_column_of_a_kernel(columns):
   chance = np.random.default_rng(0)
@@ -67,7 +62,7 @@ def test_making_them_leaves_the_parameters_as_they_are():
 def sampled(choice, axes=(1, 1, 1), **changes):
   policy = heads.Policy(tiny.changed(tiny.MODEL, compute__panels=choice, **changes))
   sampling = tiny.changed(tiny.SAMPLING, max_new_tokens=6, cache_sizes=2, compact_to=(0.5, 0.25))
-  mesh = mesh_of(axes)
+  mesh = tiny.mesh(axes)
   generate = functools.partial(
     decode.generate, policy, config=sampling, stops=Stops(tuple(range(1, 9))), pad_id=tiny.PAD
   )
@@ -101,5 +96,5 @@ def test_decoding_by_panels_draws_the_same_tokens(axes, name):
 )
 def test_a_cpu_uses_them_for_few_rows_where_it_has_the_whole_network(choice, axes, rows, expected):
   compute, found = tiny.changed(tiny.MODEL.compute, panels=choice), []
-  mesh_lib.jit(lambda: found.append(compute.in_panels(rows)), mesh_of(axes))()
+  mesh_lib.jit(lambda: found.append(compute.in_panels(rows)), tiny.mesh(axes))()
   assert found == [expected]

@@ -15,7 +15,7 @@ import tiny
 
 from rlhf_jax.generation import decode, sampling
 from rlhf_jax.networks import attention, heads, hf_layout, pretrained
-from rlhf_jax.networks.config import ComputeConfig, ModelConfig
+from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.text.tokenizer import Tokenizer
 from rlhf_jax.types import PromptBatch, UserError
 
@@ -31,14 +31,7 @@ TINY = ModelConfig(
   rope_base=500.0,
   norm_eps=1e-5,
   tie_embeddings=False,
-  compute=ComputeConfig(
-    dtype="float32",
-    scan_layers=False,
-    remat=False,
-    logit_columns=None,
-    attention="auto",
-    panels="auto",
-  ),
+  compute=hf_layout.COMPUTE,
 )
 TIED = dataclasses.replace(TINY, tie_embeddings=True)
 

@@ -21,16 +21,11 @@ STOPS = Stops((tiny.EOS, 2, 3, 4))
 SETTINGS = [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (0.0, 1.0)]  # temperature, top_p
 
 
-def mesh_of(axes):
-  types, devices = (jax.sharding.AxisType.Auto,) * 3, jax.devices()[: int(np.prod(axes))]
-  return jax.make_mesh(axes, ("data", "fsdp", "tensor"), types, devices=devices)
-
-
 @functools.cache
 def decoder(policy=tiny.POLICY, axes=(1, 1, 1), slots=4, columns=3):
   return SlotDecoder(
     policy,
-    mesh_of(axes),
+    tiny.mesh(axes),
     slots=slots,
     prompt_length=P,
     max_new_tokens=R,

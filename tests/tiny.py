@@ -12,8 +12,8 @@ import numpy as np
 
 from rlhf_jax import ppo_config, rollout
 from rlhf_jax.generation.sampling import SamplingConfig
-from rlhf_jax.networks import heads
-from rlhf_jax.networks.config import ComputeConfig, ModelConfig
+from rlhf_jax.networks import heads, hf_layout
+from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.training import checkpoint
 from rlhf_jax.training.optim import OptimConfig
 from rlhf_jax.types import PromptBatch
@@ -30,14 +30,7 @@ MODEL = ModelConfig(
   rope_base=100.0,
   norm_eps=1e-5,
   tie_embeddings=False,
-  compute=ComputeConfig(
-    dtype="float32",
-    scan_layers=False,
-    remat=False,
-    logit_columns=None,
-    attention="auto",
-    panels="auto",
-  ),
+  compute=hf_layout.COMPUTE,
 )
 POLICY = heads.Policy(MODEL)
 SCALAR = heads.ScalarNetwork(MODEL)
@@ -152,3 +145,9 @@ def assert_trees_close(actual, expected, **tolerance):
 def checkpointer(directory, keep=5, keep_every=None, background=True):
   config = checkpoint.CheckpointConfig(keep, keep_every, background)
   return checkpoint.Checkpointer(directory, config)
+
+
+def mesh(axes: tuple[int, int, int]) -> jax.sharding.Mesh:
+  """data x fsdp x tensor, on the first devices."""
+  types, devices = (jax.sharding.AxisType.Auto,) * 3, jax.devices()[: int(np.prod(axes))]
+  return jax.make_mesh(axes, ("data", "fsdp", "tensor"), types, devices=devices)

@@ -68,7 +68,8 @@ def generate(
   R, rows = config.max_new_tokens, B * samples
   shards = rules.row_shards(rows)
   positions, segments = heads.layout(prompts.mask)
-  variables = _by_rows(policy, params)
+  sizes = compact.sizes(rows, config.compact_to, shards)
+  variables = _by_rows(policy, params, sizes)
   uniforms, columns = _chance(key, R, rows), cache_columns(R, config.cache_sizes)
   blank_cache = KVCache.empty(policy.config, B, P + columns[0])
   read = functools.partial(policy.apply, {"params": params}, method="hidden")
@@ -101,17 +102,20 @@ def generate(
     completion=blank,
   )
   state = extend(start, jnp.repeat(hidden[:, 0], samples, axis=0), start.cache)
-  sizes = compact.sizes(rows, config.compact_to, shards)[1:]
   for held, larger in zip(columns, columns[1:]):
-    state = _fill(state, body, held, sizes)
+    state = _fill(state, body, held, sizes[1:])
     state = state.replace(cache=state.cache.grow(P + larger))
-  return _finish(state, blank, body, sizes)
+  return _finish(state, blank, body, sizes[1:])
 
 
-def _by_rows(policy: heads.Policy, params: Params) -> Callable[[int], dict]:
-  """What a step of so many rows applies the policy to; panels are made once, before all steps."""
-  in_panels = {"params": params} | panels.of(policy, params)
-  return lambda rows: in_panels if policy.config.compute.in_panels(rows) else {"params": params}
+def _by_rows(policy: heads.Policy, params: Params, sizes: tuple[int, ...]) -> Callable[[int], dict]:
+  """What a step of so many rows, one of `sizes`, applies the policy to.
+
+  Panels are made once, before all steps, and only where a size asks for them.
+  """
+  whole, few = {"params": params}, policy.config.compute.in_panels
+  in_panels = whole | (panels.of(policy, params) if any(map(few, sizes)) else {})
+  return lambda rows: in_panels if few(rows) else whole
 
 
 def _chance(key: jax.Array, R: int, rows: int) -> jax.Array:
