@@ -10,6 +10,7 @@ counts batches of rollouts; the optimisers count minibatches.
 """
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -18,7 +19,7 @@ import optax
 
 from rlhf_jax import advantages as advantages_lib
 from rlhf_jax import masked, rollout, sft, surrogate
-from rlhf_jax.networks import heads, likelihood
+from rlhf_jax.networks import heads, likelihood, token_loss
 from rlhf_jax.ppo_config import PPOConfig
 from rlhf_jax.training import accumulate, optim
 from rlhf_jax.types import Metrics, Params, Rollout, TokenBatch
@@ -100,12 +101,14 @@ def loss(
   if seen.stream is not None:
     sequences = seen.stream
   temperature, stem = config.rollout.sampling.temperature, learner.stem_blocks
-  of = likelihood.of_responses(
-    learner.policy, policy, sequences, mask, seen.responses, temperature, stem
+  hidden = likelihood.before_responses(learner.policy, policy, sequences, mask, R, stem)
+  known = seen.logprobs, batch.advantages, seen.mask
+  losses = functools.partial(surrogate.policy_losses, cliprange=config.cliprange)
+  pg_total, of = token_loss.total(
+    losses, learner.policy, policy, hidden, seen.responses, temperature, *known
   )
-  pg_loss, pg_metrics = surrogate.policy_loss(
-    of.logprobs, seen.logprobs, batch.advantages, seen.mask, cliprange=config.cliprange
-  )
+  pg_loss = pg_total / jnp.maximum(jnp.sum(seen.mask), 1.0)
+  _, pg_metrics = surrogate.policy_loss(of.logprobs, *known, cliprange=config.cliprange)
   values = rollout.response_values(learner.scalar, critic, sequences, mask, R, stem)
   vf_loss, vf_metrics = surrogate.value_loss(
     values, seen.values, batch.returns, seen.mask, cliprange=config.value_cliprange

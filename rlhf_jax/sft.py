@@ -16,7 +16,7 @@ import optax
 
 from rlhf_jax import masked
 from rlhf_jax.config import PositiveInt, Range
-from rlhf_jax.networks import cross_entropy, heads
+from rlhf_jax.networks import heads, token_loss
 from rlhf_jax.training import accumulate, optim
 from rlhf_jax.types import Metrics, Params, TokenBatch
 
@@ -66,10 +66,11 @@ def loss(policy: heads.Policy, params: Params, batch: TokenBatch) -> tuple[jax.A
   hidden, _ = policy.apply({"params": params}, *inputs, method="hidden")
   same_document = batch.segments[:, 1:] == batch.segments[:, :-1]
   mask = batch.loss_mask[:, 1:] * same_document
-  total, likeliest = cross_entropy.of_tokens(
-    policy, params, hidden[:, :-1], batch.tokens[:, 1:], mask
+  missed = lambda logprobs, mask: jnp.where(mask > 0, -mask * logprobs, 0.0)
+  total, of = token_loss.total(
+    missed, policy, params, hidden[:, :-1], batch.tokens[:, 1:], 1.0, mask
   )
-  metrics = {"accuracy": masked.mean(likeliest, mask), "tokens": jnp.sum(mask)}
+  metrics = {"accuracy": masked.mean(of.likeliest, mask), "tokens": jnp.sum(mask)}
   return total / jnp.maximum(jnp.sum(mask), 1.0), metrics
 
 

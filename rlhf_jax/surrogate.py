@@ -22,8 +22,7 @@ def policy_loss(
   """
   log_ratio = jnp.where(mask > 0, logprobs - old_logprobs, 0.0)
   ratio = jnp.exp(log_ratio)
-  plain = -advantages * ratio
-  clipped = -advantages * jnp.clip(ratio, 1.0 - cliprange, 1.0 + cliprange)
+  plain, clipped = _surrogates(ratio, advantages, cliprange)
   metrics = {
     "policy/approxkl": 0.5 * masked.mean(jnp.square(log_ratio), mask),
     "policy/clipfrac": masked.mean((clipped > plain).astype(jnp.float32), mask),
@@ -31,6 +30,25 @@ def policy_loss(
     "policy/ratio_var": masked.variance(ratio, mask),
   }
   return masked.mean(jnp.maximum(plain, clipped), mask), metrics
+
+
+def policy_losses(
+  logprobs: jax.Array,
+  old_logprobs: jax.Array,
+  advantages: jax.Array,
+  mask: jax.Array,
+  *,
+  cliprange: float,
+) -> jax.Array:
+  """What each token adds to `policy_loss` times their number: 0 where the mask is 0. [B, R]"""
+  ratio = jnp.exp(jnp.where(mask > 0, logprobs - old_logprobs, 0.0))
+  return jnp.where(mask > 0, jnp.maximum(*_surrogates(ratio, advantages, cliprange)), 0.0)
+
+
+def _surrogates(ratio, advantages, cliprange):
+  """The plain and the clipped loss of each token."""
+  clipped = jnp.clip(ratio, 1.0 - cliprange, 1.0 + cliprange)
+  return -advantages * ratio, -advantages * clipped
 
 
 def value_loss(

@@ -30,6 +30,20 @@ def entropy(logits: jax.Array, temperature: float) -> jax.Array:
   return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
 
+def of_logits(
+  logits: jax.Array, tokens: jax.Array, temperature: float
+) -> tuple[Likelihood, jax.Array]:
+  """The likelihood of tokens [..., T] by logits [..., T, V], and the log-normalisers [..., T]."""
+  known = jax.lax.stop_gradient(logits)
+  chosen = jnp.take_along_axis(known, tokens[..., None], axis=-1)[..., 0]
+  of = Likelihood(
+    logprobs=token_logprobs(logits, tokens, temperature),
+    entropy=entropy(known, temperature),
+    likeliest=(chosen >= jnp.max(known, axis=-1)).astype(jnp.float32),
+  )
+  return of, jax.nn.logsumexp(known / temperature, axis=-1)
+
+
 def of_tokens(
   policy: heads.Policy, params: Params, hidden: jax.Array, tokens: jax.Array, temperature: float
 ) -> Likelihood:
@@ -41,13 +55,7 @@ def of_tokens(
 
   def look(hidden: jax.Array, tokens: jax.Array) -> Likelihood:
     logits = policy.apply({"params": params}, hidden, method="logits")
-    known = jax.lax.stop_gradient(logits)
-    chosen = jnp.take_along_axis(known, tokens[..., None], axis=-1)[..., 0]
-    return Likelihood(
-      logprobs=token_logprobs(logits, tokens, temperature),
-      entropy=entropy(known, temperature),
-      likeliest=(chosen >= jnp.max(known, axis=-1)).astype(jnp.float32),
-    )
+    return of_logits(logits, tokens, temperature)[0]
 
   T, C = tokens.shape[1], policy.config.compute.logit_columns
   if C is None or C >= T:
@@ -74,9 +82,6 @@ def of_responses(
 ) -> Likelihood:
   """The likelihood of the last R tokens of B rows.
 
-  The hidden state at column t - 1 scores the token at t, so the columns are [P - 1, T - 1). The
-  last block's queries and the head are computed for these only.
-
   Args:
     policy: the network.
     params: its parameters.
@@ -86,8 +91,26 @@ def of_responses(
     temperature: of the distribution that they were drawn from.
     first_block: see `heads.shared_stem`.
   """
+  hidden = before_responses(policy, params, sequences, mask, responses.shape[1], first_block)
+  return of_tokens(policy, params, hidden, responses, temperature)
+
+
+def before_responses(
+  policy: heads.Policy,
+  params: Params,
+  sequences: jax.Array,
+  mask: jax.Array,
+  response_length: int,
+  first_block: int = 0,
+) -> jax.Array:
+  """The hidden states [B, R, D] that the last R tokens of B rows are predicted from.
+
+  That at column t - 1 scores the token at t, so the columns are [P - 1, T - 1). The last block's
+  queries are computed for these only. Arguments as those of `of_responses`.
+  """
   positions, segments = heads.layout(mask)
-  start = mask.shape[1] - responses.shape[1] - 1
+  start = mask.shape[1] - response_length - 1
+  columns = (start, start + response_length)
   hidden, _ = policy.apply(
     {"params": params},
     sequences,
@@ -95,7 +118,7 @@ def of_responses(
     segments,
     None,
     first_block,
-    columns=(start, start + responses.shape[1]),
+    columns=columns,
     method="hidden",
   )
-  return of_tokens(policy, params, hidden, responses, temperature)
+  return hidden
