@@ -37,6 +37,9 @@ def main():
     episodes=(64, "rows of an iteration"),
     prompt=(32, "tokens"),
     response=(64, "tokens"),
+    learning_rate=(1e-5, "of AdamW"),
+    kl_coef=(0.05, "of the KL penalty"),
+    seed=(0, "of prompts and sampling"),
     remat=(False, "blocks are computed again in the backward pass"),
     scan=(False, "one compiled layer"),
   )
@@ -44,7 +47,7 @@ def main():
     given.model, given.models, dtype=given.dtype, remat=given.remat, scan_layers=given.scan
   )
   config = numbers(given)
-  iterate, state = iteration(networks, config)
+  iterate, state = iteration(networks, config, given.seed)
   marks = {}
   began = common.timed(lambda: marks.update(state=iterate(state)[0]))
   seconds = {phase: [] for phase in PHASES}
@@ -92,26 +95,26 @@ def numbers(given) -> ppo_config.PPOConfig:
     missing_eos="keep",
     missing_eos_penalty=0.0,
     ema_decay=0.0,
-    kl=ppo_config.KLConfig(0.05, target=None, horizon=1.0),
+    kl=ppo_config.KLConfig(given.kl_coef, target=None, horizon=1.0),
     ptx=ppo_config.PTXConfig(0.0, 0.0, 1),
     rollout=rollout.RolloutConfig(given.episodes, 1, given.prompt, sampling),
     eval_every=1,
     frozen=(),
     rules=(),
     offload=(),
-    policy_optim=common.adamw(1e-5),
-    value_optim=common.adamw(1e-5),
+    policy_optim=common.adamw(given.learning_rate),
+    value_optim=common.adamw(given.learning_rate),
   )
 
 
-def iteration(networks, config):
+def iteration(networks, config, seed=0):
   """`state -> (state, seconds of each phase, metrics)`, and the first state."""
   B, P = config.rollout.batch_size, config.rollout.prompt_length
   mesh = common.mesh_of(common.devices_for(B // config.minibatches))
   learner = ppo.make_learner(networks.policy, networks.scalar, config, stem_blocks=0)
   own = functools.partial(jax.tree.map, jnp.copy)
   state = ppo.init(
-    learner, own(networks.policy_params), own(networks.reward_params), jax.random.key(0)
+    learner, own(networks.policy_params), own(networks.reward_params), jax.random.key(seed)
   )
   judges = rollout.Judges(networks.policy_params, networks.reward_params)
   state, judges = rules.place((state, judges), mesh)
@@ -126,7 +129,7 @@ def iteration(networks, config):
   generate = mesh_lib.jit(generate, mesh)
   score = mesh_lib.jit(functools.partial(rollout.score, how), mesh)
   update = rules.compile_step(functools.partial(ppo.update, learner=learner), state, mesh)
-  draw, V = np.random.default_rng(0), networks.policy.config.vocab_size
+  draw, V = np.random.default_rng(seed), networks.policy.config.vocab_size
 
   def iterate(state):
     ids = draw.integers(common.FIRST_ID, V, (B, P), np.int32)

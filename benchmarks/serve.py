@@ -17,8 +17,10 @@ if __name__ == "__main__":
   common.prepare()
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
+import multiprocessing
 import pathlib
 import sys
 import tempfile
@@ -35,6 +37,7 @@ from rlhf_jax.serving import engine as engine_lib
 from rlhf_jax.serving.app import Settings, create_app
 from rlhf_jax.serving.context import Context
 from rlhf_jax.serving.load import Loaded
+from rlhf_jax.serving.server import SWITCH_SECONDS
 from rlhf_jax.text import dialogue
 from rlhf_jax.text.tokenizer import Tokenizer
 
@@ -96,17 +99,28 @@ def words(count: int) -> Tokenizer:
 
 def measure(loaded: Loaded, many, single, bodies: list[dict], repeats: int) -> dict:
   """All requests at once, `repeats` times; then one after the other on a server of one slot."""
+  with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients:
+    answers = lambda *args, **how: clients.submit(answered, *args, **how).result()
+    return _measure(answers, loaded, many, single, bodies, repeats)
+
+
+def answered(url: str, bodies: list[dict], together: bool) -> tuple[dict, list[str]]:
+  """`ask`, to its end; clients have a process of their own, as they have in life."""
+  return asyncio.run(ask(url, bodies, together))
+
+
+def _measure(answers, loaded, many, single, bodies, repeats):
   at_once = {}
   with serving(loaded, many) as url:
-    asyncio.run(ask(url, bodies[:2], together=True))  # connections, imports
+    answers(url, bodies[:2], together=True)  # connections, imports
     for number in range(repeats):
       common.wait_for_quiet()
-      at_once[f"run_{number}"], texts = asyncio.run(ask(url, bodies, together=True))
-    alone_there, _ = asyncio.run(ask(url, bodies[:SOME], together=False))
+      at_once[f"run_{number}"], texts = answers(url, bodies, together=True)
+    alone_there, _ = answers(url, bodies[:SOME], together=False)
   with serving(loaded, single) as url:
-    asyncio.run(ask(url, bodies[:2], together=True))
+    answers(url, bodies[:2], together=True)
     common.wait_for_quiet()
-    alone, expected = asyncio.run(ask(url, bodies, together=False))
+    alone, expected = answers(url, bodies, together=False)
   rates = [row["rate"] for row in at_once.values()]
   return {
     "unit": "tokens/s",
@@ -165,12 +179,13 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 @contextlib.contextmanager
 def serving(loaded: Loaded, room: engine_lib.Room):
   """A server on a free port of loopback; yields its URL."""
+  sys.setswitchinterval(SWITCH_SECONDS)  # as `server.serve` does
   engine = engine_lib.start(loaded, room)
   with tempfile.TemporaryDirectory() as folder:
     with Store.open(f"{folder}/records.sqlite", create=True) as store:
       app = create_app(Context(engine, store, None, None), Settings())
       server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
-      thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+      thread = threading.Thread(target=server.run, daemon=True)
       thread.start()
       while not server.started:
         time.sleep(0.01)

@@ -146,8 +146,7 @@ class Run:
 
   def abstract(self, network: heads.Policy | heads.ScalarNetwork) -> Params:
     """Shapes of a network's parameters, and where they live on the mesh."""
-    shapes = jax.eval_shape(functools.partial(heads.init, network), jax.random.key(0))
-    return rules.abstract(shapes, self.mesh)
+    return rules.abstract(heads.shapes(network), self.mesh)
 
   def initial_policy(self) -> Params:
     """The policy that SFT starts from: the pretrained one, or random parameters."""
@@ -155,9 +154,8 @@ class Run:
     if config.pretrained is not None:
       return rules.place(pretrained.load_as(config.model, config.pretrained), self.mesh)
     init = functools.partial(heads.init, self.policy)
-    key = self.key("init")
-    layout = rules.partition(jax.eval_shape(init, key), self.mesh)
-    return jax.jit(init, out_shardings=layout)(key)
+    layout = rules.partition(heads.shapes(self.policy), self.mesh)
+    return jax.jit(init, out_shardings=layout)(self.key("init"))
 
   def responder(
     self, sampling: SamplingConfig, prompt_length: int, batch_size: int, samples: int = 1

@@ -38,7 +38,7 @@ def supervise(run: Run, directory: pathlib.Path) -> Params:
   optimizer = optim.make(config.optim, config.num_steps)
   state = rules.place(sft.init(trainable, optimizer), run.mesh)
   abstract = rules.abstract(state, run.mesh)
-  step = functools.partial(
+  step = mesh_lib.bind(
     sft.step, policy=run.policy, optimizer=optimizer, micro_batches=config.micro_batches
   )
   step = rules.compile_step(step, state, run.mesh)
@@ -47,9 +47,7 @@ def supervise(run: Run, directory: pathlib.Path) -> Params:
   sources += feeds.pretraining_sources(run, sources)
   unseen = run.data.records(Demonstration, "heldout")
   heldout = make_rows(feeds.draw(unseen, config.max_heldout, run.seed("sft", "heldout")))
-  measure = feeds.summed(
-    run, functools.partial(sft.evaluate, run.policy), heldout, config.batch_size
-  )
+  measure = feeds.summed(run, mesh_lib.bind(sft.evaluate, run.policy), heldout, config.batch_size)
 
   def evaluate(state: sft.SFTState) -> dict[str, float]:
     policy = optim.merge(state.params, frozen)
@@ -125,11 +123,11 @@ def fit_reward(
   trainable, frozen = optim.split(rules.place(params, run.mesh), config.frozen)
   optimizer = optim.make(config.optim, num_steps)
   state = rules.place(reward.init(trainable, optimizer), run.mesh)
-  step = functools.partial(
+  step = mesh_lib.bind(
     reward.step, network=run.scalar, optimizer=optimizer, micro_batches=config.micro_batches
   )
   step = rules.compile_step(step, state, run.mesh)
-  evaluate_batch = functools.partial(reward.evaluate, run.scalar)
+  evaluate_batch = mesh_lib.bind(reward.evaluate, run.scalar)
   measure = feeds.summed(run, evaluate_batch, make_rows(heldout), config.batch_size)
 
   figures = {}
@@ -159,19 +157,21 @@ def fit_reward(
 
 def demonstration_score(run: Run, params: Params, config: reward.RewardConfig) -> float:
   """The mean score of trainers' demonstrations, which becomes the reward model's zero."""
-
-  def measure(params: Params, batch: TokenBatch) -> Metrics:
-    values = run.scalar.apply({"params": params}, batch.tokens, batch.positions, batch.segments)
-    following = jnp.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
-    ends = (batch.segments > 0) & (batch.segments != following)
-    return {"sum": masked.total(values, ends), "count": jnp.sum(ends)}
-
   count = min(config.max_heldout or CENTERING_DEMONSTRATIONS, CENTERING_DEMONSTRATIONS)
   everything = run.data.records(Demonstration, "train")
   demonstrations = feeds.draw(everything, count, run.seed("reward", "centre"))
   packed = feeds.demonstration_rows(run, config.sequence_length, demonstrations, pack=True)
-  sums = feeds.summed(run, measure, packed, config.batch_size)(params)
+  measure = feeds.summed(run, mesh_lib.bind(at_ends, run.scalar), packed, config.batch_size)
+  sums = measure(params)
   return sums["sum"] / sums["count"]
+
+
+def at_ends(scalar: heads.ScalarNetwork, params: Params, batch: TokenBatch) -> Metrics:
+  """The sum of the scores at the last tokens of a batch's texts, and their count."""
+  values = scalar.apply({"params": params}, batch.tokens, batch.positions, batch.segments)
+  following = jnp.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
+  ends = (batch.segments > 0) & (batch.segments != following)
+  return {"sum": masked.total(values, ends), "count": jnp.sum(ends)}
 
 
 def train_policy(
@@ -188,7 +188,7 @@ def train_policy(
   learner, state, frozen, judges = begin_ppo(run, directory.parent.name, policy, judges)
   del policy
   frozen_policy, frozen_critic = frozen
-  table, update = rules.table(config.rules), functools.partial(ppo.update, learner=learner)
+  table, update = rules.table(config.rules), mesh_lib.bind(ppo.update, learner=learner)
   update = rules.compile_step(update, state, run.mesh, table)
   _, sample = sampler(run, learner.stem_blocks)
 
@@ -291,7 +291,7 @@ def sampler(run: Run, stem_blocks: int) -> tuple[Responder, Callable]:
     stem_blocks,
     config.micro_batches,
   )
-  score = mesh_lib.jit(functools.partial(rollout.score, how), run.mesh)
+  score = mesh_lib.jit(mesh_lib.bind(rollout.score, how), run.mesh)
 
   def sample(policy: Params, critic: Params, judges: rollout.Judges, prompts, key):
     completion = responder.generate(policy, prompts, key)

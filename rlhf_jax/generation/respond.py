@@ -52,7 +52,7 @@ class Responder:
   @functools.cached_property
   def generate(self) -> Callable:
     """The compiled `(params, prompts, key) -> Completion`."""
-    generate = functools.partial(
+    generate = mesh_lib.bind(
       decode.generate,
       self.policy,
       config=self.sampling,

@@ -95,11 +95,11 @@ class SlotDecoder:
 
   @functools.cached_property
   def _admit(self) -> Callable:
-    return self._compiled(functools.partial(admit, self.policy, P=self.prompt_length))
+    return self._compiled(mesh_lib.bind(admit, self.policy, P=self.prompt_length))
 
   @functools.cached_property
   def _advance(self) -> Callable:
-    function = functools.partial(advance, self.policy, P=self.prompt_length, columns=self.columns)
+    function = mesh_lib.bind(advance, self.policy, P=self.prompt_length, columns=self.columns)
     return self._compiled(function)
 
   def variables(self, params: Params) -> Variables:

@@ -73,7 +73,7 @@ class Scorer:
 
   @functools.cached_property
   def _score(self) -> Callable:
-    return mesh_lib.jit(functools.partial(reward.score_answers, self.network), self.mesh)
+    return mesh_lib.jit(mesh_lib.bind(reward.score_answers, self.network), self.mesh)
 
   def score(
     self, params: Params, conversation: Conversation, answers: Sequence[str]

@@ -48,7 +48,7 @@ def fit_items(
   trainable, frozen = optim.split(rules.place(whole, bench.mesh), config.frozen)
   optimizer = optim.make(config.optim, num_steps)
   state = rules.place(classifier.init(trainable, optimizer), bench.mesh)
-  step = functools.partial(
+  step = mesh_lib.bind(
     classifier.step,
     network=bench.network,
     optimizer=optimizer,
@@ -96,7 +96,7 @@ def packed(bench: Bench, some: Sequence[Item]) -> tuple[rows.Rows, list[list[int
 
 def heldout_measure(bench: Bench, heldout: Sequence[Item], frozen: Params) -> Callable:
   """`state -> figures` on held-out items."""
-  evaluate = functools.partial(classifier.evaluate, bench.network, first_block=bench.stem)
+  evaluate = mesh_lib.bind(classifier.evaluate, bench.network, first_block=bench.stem)
   evaluate = mesh_lib.jit(evaluate, bench.mesh)
   whole = batches.once(packed(bench, heldout)[0], bench.config.fit.batch_size)
   on_mesh = [mesh_lib.put_batch(bench.mesh, batch) for batch in whole]
@@ -116,7 +116,7 @@ def score(bench: Bench, params: Params, texts: Sequence[Sequence[np.ndarray]]) -
   items = rows.unlabelled(window for windows in texts for window in windows)
   some, plan = packed(bench, items)
   apply = mesh_lib.jit(
-    functools.partial(classifier.logits, bench.network, first_block=bench.stem), bench.mesh
+    mesh_lib.bind(classifier.logits, bench.network, first_block=bench.stem), bench.mesh
   )
   found = np.full((len(texts), len(CATEGORIES)), -np.inf)
   size = bench.config.fit.batch_size

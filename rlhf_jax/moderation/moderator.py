@@ -173,7 +173,7 @@ def load(
     raise UserError(f"{workdir} holds no moderator; run experiments/moderate.py first.")
   mesh = one_device() if mesh is None else mesh
   design = config_lib.build(Design, files.read_json(workdir / "moderator" / "config.json"))
-  shapes = jax.eval_shape(functools.partial(heads.init, design.network), jax.random.key(0))
+  shapes = heads.shapes(design.network)
   params, _ = checkpoint.load_params(workdir / "moderator", rules.abstract(shapes, mesh))
   table = files.read_json(workdir / "thresholds.json")
   if not isinstance(table, dict) or set(table) != set(CATEGORIES):

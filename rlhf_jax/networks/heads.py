@@ -134,6 +134,12 @@ def init(network: nn.Module, key: jax.Array) -> Params:
   return network.init(key, blank, blank, blank)["params"]
 
 
+@functools.cache
+def shapes(network: nn.Module) -> Params:
+  """What `init` returns, without the numbers."""
+  return jax.eval_shape(functools.partial(init, network), jax.random.key(0))
+
+
 def scalar_from_trunk(network: ScalarNetwork, trunk: Params, key: jax.Array) -> Params:
   """A scalar network on a copy of `trunk`, with a fresh head: how a reward model starts."""
   D = network.config.d_model

@@ -33,8 +33,8 @@ def total(
 ) -> tuple[jax.Array, Likelihood]:
   """The sum of `losses(logprobs, *known)` over tokens, and the likelihood of these.
 
-  At most `logit_columns` columns of the policy's config have logits at a time; None leaves it to the
-  backend: what stays in its cache on a CPU, elsewhere all.
+  At most `logit_columns` columns of the policy's config have logits at a time; None leaves it to
+  the backend: what stays in its cache on a CPU, elsewhere all.
 
   Args:
     losses: what each token adds to the loss: maps log-probabilities and `known`, some columns of

@@ -50,8 +50,42 @@ def make(config: MeshConfig) -> Mesh:
   return jax.make_mesh((data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), axis_types)
 
 
-def jit(function: Callable, mesh: Mesh, **options) -> Callable:
+@dataclasses.dataclass(frozen=True)
+class Bound:
+  """A function with its static settings; equal to any other of the same, as a partial is not."""
+
+  function: Callable
+  settings: tuple[Any, ...]
+  named: tuple[tuple[str, Any], ...]
+
+  def __call__(self, *args, **kwargs):
+    return self.function(*self.settings, *args, **dict(self.named), **kwargs)
+
+
+def bind(function: Callable, *settings, **named) -> Bound:
+  """As `functools.partial`, for hashable settings: `jit` compiles it once, whoever builds it again.
+
+  So a round of the recipe runs the programs of the round before.
+  """
+  return Bound(function, settings, tuple(named.items()))
+
+
+def jit(function: Callable, mesh: Mesh, out_shardings: Any = None, **options) -> Callable:
   """`jax.jit` for a mesh: inside, `rules.constrain` knows the axes. It has a `lower` too."""
+  if not isinstance(function, Bound):
+    return _compiled(function, mesh, out_shardings, options)
+  layouts, tree = jax.tree.flatten(out_shardings)
+  return _compiled_once(function, mesh, tuple(layouts), tree, tuple(options.items()))
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_once(function, mesh, layouts, tree, options):
+  return _compiled(function, mesh, jax.tree.unflatten(tree, layouts), dict(options))
+
+
+def _compiled(function, mesh, out_shardings, options):
+  if out_shardings is not None:
+    options = options | {"out_shardings": out_shardings}
   compiled = jax.jit(function, **options)
 
   def on_mesh(method: Callable) -> Callable:

@@ -193,11 +193,13 @@ async def _events(work: Work, settle) -> AsyncIterator[str]:
     if first is not None:
       for i in range(work.asked.n * len(work.asked.requests)):
         yield event([Choice(i).write(first)])
-    async for part in _merged(work):
-      yield event([part.write(work.form.delta(part, work.asked.logprobs))])
-    if work.asked.usage:
-      yield event([], usage=work.usage)
-    yield "data: [DONE]\n\n"
+    async for parts, last in _merged(work):
+      written = (part.write(work.form.delta(part, work.asked.logprobs)) for part in parts)
+      text = "".join(event([choice]) for choice in written)
+      if last:
+        text += (event([], usage=work.usage) if work.asked.usage else "") + "data: [DONE]\n\n"
+      if text:
+        yield text
   except Failed as error:
     yield _event(errors.body(error.status, str(error)))
   finally:
@@ -209,11 +211,13 @@ def _event(body: dict) -> str:
   return f"data: {json.dumps(body)}\n\n"
 
 
-async def _merged(work: Work) -> AsyncIterator[Choice]:
-  """The parts of all answers in the order of their coming."""
+async def _merged(work: Work) -> AsyncIterator[tuple[list[Choice], bool]]:
+  """The parts of all answers in the order of their coming, and whether these are the last.
+
+  Those that are there together come together, so that they leave in one write.
+  """
   if not work.answers:
-    for choice in _blocked(work):
-      yield choice
+    yield _blocked(work), True
     return
   arrived: asyncio.Queue[Choice | BaseException | None] = asyncio.Queue()
 
@@ -229,13 +233,18 @@ async def _merged(work: Work) -> AsyncIterator[Choice]:
   try:
     left = len(pumps)
     while left:
-      part = await arrived.get()
-      if isinstance(part, Exception):
-        raise part
-      if part is None:
-        left -= 1
-      else:
-        yield part
+      found, parts = [await arrived.get()], []
+      while not arrived.empty():
+        found.append(arrived.get_nowait())
+      for part in found:
+        if isinstance(part, Exception):
+          yield parts, False
+          raise part
+        if part is None:
+          left -= 1
+        else:
+          parts.append(part)
+      yield parts, not left
   finally:
     for task in pumps:
       task.cancel()

@@ -5,6 +5,7 @@ import ipaddress
 import math
 import pathlib
 import socket
+import sys
 from collections.abc import Callable
 
 import fastapi
@@ -22,6 +23,9 @@ from rlhf_jax.training import preemption
 from rlhf_jax.types import UserError
 
 BACKLOG = 2_048  # connections that the system holds until they are taken
+# After which Python's interpreter changes threads. The engine's has a device to keep busy and asks
+# for little; with the default of 5 ms it would wait that long for the one that speaks HTTP.
+SWITCH_SECONDS = 5e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +145,7 @@ def serve(
     "metrics": "/metrics",
   }.items():
     say(f"{what:24} http://{host}:{port}{path}\n")
+  sys.setswitchinterval(SWITCH_SECONDS)
   config = uvicorn.Config(
     app,
     log_level="warning",  # requests are in the metrics, and what people write is in no log

@@ -9,6 +9,7 @@ state: `split` the tree, differentiate with respect to the trainable part, `merg
 """
 
 import dataclasses
+import functools
 import re
 from typing import Annotated, Literal
 
@@ -88,6 +89,7 @@ def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
   return rate
 
 
+@functools.cache  # one optimiser of the same numbers, so that steps with it are the same program
 def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
   """Clip to `clip_norm`, then AdamW (Loshchilov & Hutter 2019, algorithm 2) on `schedule`.
 
