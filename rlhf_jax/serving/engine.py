@@ -35,7 +35,7 @@ from rlhf_jax.serving.wording import Wording
 from rlhf_jax.text.messages import check_text
 from rlhf_jax.types import UserError
 
-GROUP = 8  # prompts that are read at once; more make those who are being answered wait longer
+GROUP = 8  # prompts that are read at once; free rows of a call are filled up
 RETRY_SECONDS = 2.0  # between attempts to get a failing device back
 log = logging.getLogger(__name__)
 
@@ -220,8 +220,8 @@ class SlotEngine:
   def _round(self, state):
     """Reads newcomers, then draws the next columns of all answers.
 
-    A call draws for free slots too, so while most are free whoever waits is read first; at most
-    once for every slot, for those who are being answered wait meanwhile.
+    A call draws for free slots too, so whoever waits and fits is read first; at most once for every
+    slot, for those who are being answered wait meanwhile.
     """
     for _ in range(0, self.decoder.slots, self.decoder.group):
       come = self._admit_waiting()
@@ -233,8 +233,6 @@ class SlotEngine:
       ]
       state, drawn = self.decoder.admit(self._variables, state, prompts)
       self._hand_out(come, drawn.tokens[:, None], drawn.logprobs[:, None], range(len(come)))
-      if 2 * len(self._busy) > self.decoder.slots:
-        break
     if self._busy:
       state, drawn = self.decoder.advance(self._variables, state)
       tokens, logprobs = np.asarray(drawn.tokens), np.asarray(drawn.logprobs)

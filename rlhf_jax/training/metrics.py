@@ -157,6 +157,19 @@ class Timing:
     self._out.__exit__(*exception)
 
 
+@contextlib.contextmanager
+def _not_found(module: str):
+  """What is imported inside does not find `module`, unless it is there already."""
+  hidden = module not in sys.modules
+  if hidden:
+    sys.modules[module] = None
+  try:
+    yield
+  finally:
+    if hidden:
+      del sys.modules[module]
+
+
 class TensorBoard:
   """Scalars for TensorBoard: a TFRecord file of one event a step, which holds all its values.
 
@@ -166,8 +179,9 @@ class TensorBoard:
 
   def __init__(self, directory: str | pathlib.Path, *, after: int):
     # Imported here because it takes a second, which a process that only reads would pay as well.
-    from tensorboardX import record_writer
-    from tensorboardX.proto import event_pb2, summary_pb2
+    with _not_found("torch"):  # whose import takes three, for one of its writers
+      from tensorboardX import record_writer
+      from tensorboardX.proto import event_pb2, summary_pb2
 
     self._crc, self._event = record_writer.masked_crc32c, event_pb2.Event
     self._summary = summary_pb2.Summary
