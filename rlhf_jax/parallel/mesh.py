@@ -78,7 +78,7 @@ def jit(function: Callable, mesh: Mesh, out_shardings: Any = None, **options) ->
   return _compiled_once(function, mesh, tuple(layouts), tree, tuple(options.items()))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)  # more than a round of a run has
 def _compiled_once(function, mesh, layouts, tree, options):
   return _compiled(function, mesh, jax.tree.unflatten(tree, layouts), dict(options))
 
