@@ -151,9 +151,7 @@ def response_values(
 
   Arguments as those of `likelihood.of_responses`.
   """
-  positions, segments = heads.layout(mask)
-  start = mask.shape[1] - response_length - 1
-  columns = (start, start + response_length)
+  positions, segments, columns = heads.layout_before(mask, response_length)
   return scalar.apply(
     {"params": params}, sequences, positions, segments, first_block, columns=columns
   )

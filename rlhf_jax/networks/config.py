@@ -18,7 +18,9 @@ class ComputeConfig:
   dtype: Literal["float32", "bfloat16"]  # of activations; parameters are always float32
   scan_layers: bool  # one compiled layer under lax.scan: compiles fast when deep, decodes slower
   remat: bool  # the backward pass keeps the stream between blocks, and computes the rest again
-  logit_columns: PositiveInt | None  # of a row, whose logits a loss holds at once; None: all
+  # Columns of a row whose logits a loss holds at once. None: all; in training on a CPU, what stays
+  # in its cache.
+  logit_columns: PositiveInt | None
   # How whole rows attend: all at once, or in blocks if there are several (`blocked.py`); "auto": in
   # blocks on a CPU.
   attention: Literal["auto", "plain", "blocked"]

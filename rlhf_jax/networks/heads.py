@@ -177,6 +177,17 @@ def layout(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0) * real, real
 
 
+def layout_before(
+  mask: jax.Array, response_length: int
+) -> tuple[jax.Array, jax.Array, tuple[int, int]]:
+  """As `layout`, and the columns that the last R tokens are predicted from: [P - 1, T - 1).
+
+  What is known at column t - 1 is what the token at t is judged by.
+  """
+  start = mask.shape[1] - response_length - 1
+  return *layout(mask), (start, start + response_length)
+
+
 def last_column(mask: jax.Array) -> jax.Array:
   """The last column where mask [B, T] is set, [B] int32; padding may be on any side.
 

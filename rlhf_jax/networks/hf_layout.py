@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.traverse_util
-import jax
 import numpy as np
 
 from rlhf_jax import config as config_lib
@@ -112,7 +111,7 @@ def split_halves(rows: np.ndarray, n_heads: int) -> np.ndarray:
 
 def parameter_shapes(config: ModelConfig, network: type) -> dict[str, Shape]:
   """Path to shape of every parameter of `network(config)`; nothing is allocated."""
-  tree = jax.eval_shape(lambda key: heads.init(network(config), key), jax.random.key(0))
+  tree = heads.shapes(network(config))
   return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
 
 

@@ -105,12 +105,9 @@ def before_responses(
 ) -> jax.Array:
   """The hidden states [B, R, D] that the last R tokens of B rows are predicted from.
 
-  That at column t - 1 scores the token at t, so the columns are [P - 1, T - 1). The last block's
-  queries are computed for these only. Arguments as those of `of_responses`.
+  The last block's queries are computed for these only. Arguments as those of `of_responses`.
   """
-  positions, segments = heads.layout(mask)
-  start = mask.shape[1] - response_length - 1
-  columns = (start, start + response_length)
+  positions, segments, columns = heads.layout_before(mask, response_length)
   hidden, _ = policy.apply(
     {"params": params},
     sequences,

@@ -155,8 +155,7 @@ def program(
 
 def parameters(network: Any, mesh: Mesh) -> Any:
   """The parameters of a network."""
-  shapes = heads.shapes(network)
-  return rules.abstract(shapes, mesh)
+  return rules.abstract(heads.shapes(network), mesh)
 
 
 def abstract(function: Callable, mesh: Mesh, *arguments: Any) -> Any:
