@@ -1,6 +1,7 @@
 """Generation against fresh forward passes, and what must not change a row."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -132,10 +133,10 @@ def test_ids_under_the_prompt_mask_change_nothing(params, sampled):
 
 
 @pytest.mark.conformance("B4")
-def test_a_row_does_not_depend_on_the_batch_size(params, sampled):
-  prompts, expected = sampled
-  first = jax.tree.map(lambda x: x[:3], prompts)
-  assert_same(compiled()(params, first, jax.random.key(0)), jax.tree.map(lambda x: x[:3], expected))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_row_does_not_depend_on_the_batch_size(params, sampled, rows):
+  first, expected = jax.tree.map(lambda x: x[:rows], sampled)
+  assert_same(compiled()(params, first, jax.random.key(0)), expected)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -317,6 +318,15 @@ def test_decoding_is_one_loop_on_the_device(params):
   jax.make_jaxpr(generate)({}, prompts, jax.random.key(0))
   # Traced at most three times (first token, loop body, its shape check), whatever R is.
   assert len(traces) <= 3
+
+
+@pytest.mark.parametrize("rows", [1, 2, B])
+def test_no_cache_is_copied_from_token_to_token(params, rows):
+  prompts = tiny.mixed_prompts(rows, P, 0)
+  program = compiled().lower(params, prompts, jax.random.key(0)).compile().as_text()
+  cache = rf"{tiny.MODEL.n_kv_heads},{P + R},{tiny.MODEL.head_dim}\]"
+  copies = re.findall(rf"= f32\[(?:\d+,)?{cache}\S* copy\(", program)
+  assert len(copies) <= 2 * tiny.MODEL.n_layers  # of keys and values, before the loop
 
 
 def cut_as_ziegler(tokens, wanted, first):

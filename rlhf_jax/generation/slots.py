@@ -195,11 +195,11 @@ def layout(state: SlotState, mesh: Mesh) -> SlotState:
   """Where the arrays of a state lie: slots over the batch axes, heads over `tensor`."""
 
   def place(x) -> NamedSharding:
-    if x.ndim < 4:
+    if x.ndim < 3:
       return NamedSharding(mesh, PartitionSpec(*mesh_lib.BATCH[: x.ndim]))
     heads_axis = "tensor" if x.shape[-3] % mesh.shape["tensor"] == 0 else None
-    spec = PartitionSpec(*(None,) * (x.ndim - 4), *mesh_lib.BATCH, heads_axis)
-    return NamedSharding(mesh, spec)
+    slots = () if x.ndim == 3 else (*(None,) * (x.ndim - 4), *mesh_lib.BATCH)  # one has no axis
+    return NamedSharding(mesh, PartitionSpec(*slots, heads_axis))
 
   return jax.tree.map(place, state)
 
@@ -227,15 +227,9 @@ def admit(
   arrivals, read, segments, drawn = rules.replicate((arrivals, read, segments, drawn))
   here = arrivals.slots
   put = lambda old, new: old.at[here].set(new, mode="drop")
-  into = lambda old, new: old.at[..., here, :, P - W : P, :].set(new, mode="drop")
   row = jnp.zeros((n, state.cache.segments.shape[1]), jnp.int32).at[:, P - W : P].set(segments)
-  cache = state.cache.replace(
-    keys=jax.tree.map(into, state.cache.keys, read.keys),
-    values=jax.tree.map(into, state.cache.values, read.values),
-    segments=put(state.cache.segments, row),  # whatever stood there before is out of sight
-  )
   return SlotState(
-    cache=cache,
+    cache=state.cache.put(here, read, row, end=P),  # what stood there before is out of sight
     keys=put(state.keys, arrivals.keys),
     draws=jax.tree.map(put, state.draws, arrivals.draws),
     tokens=put(state.tokens, drawn.tokens),

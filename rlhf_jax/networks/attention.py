@@ -58,13 +58,17 @@ def attention_mask(
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
   """Softmax attention (Vaswani et al. 2017, eq. 1) with grouped key-value heads.
 
-  query [B, T, N, H]; key, value [B, G, S, H]; mask [B, T, S]. Returns [B, T, N, H]. The softmax is
-  in float32 whatever the compute dtype.
+  query [B, T, N, H]; key, value [B, G, S, H], or [G, S, H] of one row; mask [B, T, S]. Returns
+  [B, T, N, H]. The softmax is in float32 whatever the compute dtype.
   """
   B, T, N, H = query.shape
-  G = key.shape[1]
-  query = query.reshape(B, T, G, N // G, H) * (H**-0.5)
-  scores = jnp.einsum("btgmh,bgsh->bgmts", query, key, preferred_element_type=jnp.float32)
-  scores = jnp.where(mask[:, None, None, :, :], scores, MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  return jnp.einsum("bgmts,bgsh->btgmh", weights, value).reshape(B, T, N, H)
+  *lead, G, S, _ = key.shape
+  M = N // G
+  # The queries of a group as rows of one matrix: of more axes XLA makes slower products.
+  rows = query.reshape(B, T, G, M, H).transpose(0, 2, 3, 1, 4) * (H**-0.5)
+  rows = rows.reshape(*lead, G, M * T, H)
+  scores = jnp.einsum("...gqh,...gsh->...gqs", rows, key, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask[:, None, None], scores.reshape(B, G, M, T, S), MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(*lead, G, M * T, S)
+  mixed = jnp.einsum("...gqs,...gsh->...gqh", weights, value)
+  return mixed.reshape(B, G, M, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -29,11 +29,13 @@ SPAN_ARGUMENT = 7  # of a block's call
 class KVCache:
   """Keys and values of the tokens read so far; columns not yet written have segment 0.
 
-  With `scan_layers` the per-layer tuples are arrays with a leading L axis instead.
+  With `scan_layers` the per-layer tuples are arrays with a leading L axis instead. Without it a
+  single row has no leading axis: XLA's CPU compiler would drop that of 1 before every product, and
+  for it copy every layer's cache on every decoded token.
   """
 
-  keys: Any  # L x [B, G, S, H]
-  values: Any  # L x [B, G, S, H]
+  keys: Any  # L x [B, G, S, H], of one row [G, S, H]
+  values: Any  # L x [B, G, S, H], of one row [G, S, H]
   segments: jax.Array  # [B, S] int32
   index: jax.Array  # [] int32, the column that the next token goes to
 
@@ -44,6 +46,7 @@ class KVCache:
     if config.compute.scan_layers:
       layers = lambda: jnp.zeros((config.n_layers, *shape), config.compute.dtype)
     else:
+      shape = shape[1:] if batch == 1 else shape
       layers = lambda: tuple(jnp.zeros(shape, config.compute.dtype) for _ in range(config.n_layers))
     return cls(layers(), layers(), jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
 
@@ -66,9 +69,37 @@ class KVCache:
   def select(self, rows: Callable[[jax.Array, int], jax.Array]) -> "KVCache":
     """Other rows: what `rows(array, batch axis)` makes of each array."""
     # The batch axis is the fourth from the end, with and without a leading L.
-    of_layers = lambda layers: jax.tree.map(lambda x: rows(x, -4), layers)
+    alone = lambda x: x[0] if x.ndim == 4 and x.shape[0] == 1 else x
+    of_layers = lambda layers: jax.tree.map(lambda x: alone(rows(_in_rows(x), -4)), layers)
     keys, values = of_layers(self.keys), of_layers(self.values)
     return self.replace(keys=keys, values=values, segments=rows(self.segments, 0))
+
+  def put(self, rows: jax.Array, other: "KVCache", segments: jax.Array, end: int) -> "KVCache":
+    """With the W columns of the n rows of `other` in those before `end` of `rows` [n].
+
+    Rows out of range are left out. `segments` [n, S] say what the rows hold from now on.
+    """
+    first = end - other.segments.shape[1]
+
+    def into(old, new):
+      put = _in_rows(old).at[..., rows, :, first:end, :].set(_in_rows(new), mode="drop")
+      return put.reshape(old.shape)
+
+    return self.replace(
+      keys=jax.tree.map(into, self.keys, other.keys),
+      values=jax.tree.map(into, self.values, other.values),
+      segments=self.segments.at[rows].set(segments, mode="drop"),
+    )
+
+
+def _in_rows(x: jax.Array) -> jax.Array:
+  """A cache's keys or values with a batch axis, the fourth from the end."""
+  return x[None] if x.ndim == 3 else x
+
+
+def _as_cached(x: jax.Array, ndim: int) -> jax.Array:
+  """Keys or values [B, G, T, H] as a cache whose have so many axes: 3 are of one row."""
+  return x[0] if ndim == 3 else x
 
 
 class RMSNorm(nn.Module):
@@ -98,8 +129,9 @@ class Attention(nn.Module):
     value = project("value", c.n_kv_heads, x).swapaxes(1, 2)
     if layer_cache is not None:
       keys, values = layer_cache
-      key = jax.lax.dynamic_update_slice_in_dim(keys, key, index, axis=2)
-      value = jax.lax.dynamic_update_slice_in_dim(values, value, index, axis=2)
+      write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=-2)
+      key = write(keys, _as_cached(key, keys.ndim))
+      value = write(values, _as_cached(value, values.ndim))
       # The barrier keeps XLA from fusing the update into its readers, which would need the old
       # cache as well and so copy every layer's cache on every decoded token.
       key, value = jax.lax.optimization_barrier((key, value))
