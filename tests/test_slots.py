@@ -80,13 +80,21 @@ def serve(decoder, variables, waiting):
 
 
 @pytest.mark.parametrize(
-  ("axes", "scan_layers"),
-  [((1, 1, 1), False), ((1, 1, 1), True), ((2, 1, 1), False), ((2, 1, 2), False)],
+  ("axes", "scan_layers", "slots"),
+  [
+    ((1, 1, 1), False, 4),
+    ((1, 1, 1), True, 4),
+    ((2, 1, 1), False, 4),
+    ((2, 1, 2), False, 4),
+    ((1, 1, 1), False, 1),
+    ((1, 1, 1), True, 1),
+    ((1, 1, 2), False, 1),
+  ],
 )
-def test_every_answer_is_the_one_that_its_prompt_gets_alone(axes, scan_layers):
+def test_every_answer_is_the_one_that_its_prompt_gets_alone(axes, scan_layers, slots):
   policy = heads.Policy(tiny.changed(tiny.MODEL, compute__scan_layers=scan_layers))
   params, asked = tiny.params(policy, 0), list(requests(13))
-  at = decoder(policy, axes)
+  at = decoder(policy, axes, slots)
   answers = serve(at, at.variables(rules.place(params, at.mesh)), asked)
   for (ids, _), request in zip(answers, asked):
     alone = streamer(request.temperature, request.top_p, policy)
@@ -126,6 +134,14 @@ def test_prompts_that_do_not_fit_are_refused_with_the_limits(prompts):
   at, params = decoder(), tiny.params(tiny.POLICY, 0)
   with pytest.raises(UserError, match="1 to 2 prompts at a time, of 1 to 40 tokens"):
     at.admit(params, at.empty(), [Admission(0, p, 0, 1.0, 1.0) for p in prompts])
+
+
+def test_newcomers_come_in_groups_that_are_not_mostly_free():
+  groups = SlotDecoder(tiny.POLICY, tiny.mesh((1, 1, 1)), 64, P, R, 3, 32, tiny.PAD)
+  assert groups.counts() == [1, 8, 32]
+  expected = {1: 1, 2: 1, 3: 3, 8: 8, 9: 8, 10: 8, 11: 11, 32: 32, 33: 32, 99: 32}
+  assert {waiting: groups.come_next(waiting) for waiting in expected} == expected
+  assert [decoder().come_next(waiting) for waiting in (1, 2, 3)] == [1, 2, 2]
 
 
 def test_the_widths_are_few_and_the_last_is_the_longest_prompt():

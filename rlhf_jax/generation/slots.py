@@ -121,8 +121,15 @@ class SlotDecoder:
     return sorted({min(bucket(n), self.prompt_length) for n in range(1, self.prompt_length + 1)})
 
   def counts(self) -> list[int]:
-    """The numbers of prompts that are read at once, free rows filled up: one, half a group, all."""
-    return sorted({1, -(-self.group // 2), self.group})
+    """The numbers of prompts read at once, free rows filled up: one, a quarter of a group, all."""
+    return sorted({1, -(-self.group // 4), self.group})
+
+  def come_next(self, waiting: int) -> int:
+    """How many of so many prompts are best read by the next `admit`, free rows being paid for."""
+    counts = self.counts()
+    rows = next((count for count in counts if count >= waiting), self.group)
+    # Two thirds of the rows free cost what a call more does.
+    return min(waiting, rows) if 3 * waiting >= rows else max(c for c in counts if c < rows)
 
   def empty(self) -> SlotState:
     """Slots in which nobody is answered, on the mesh."""

@@ -6,8 +6,8 @@
   engine.stop(grace=10)
 
 The thread goes round: answers that are over leave their slots, the longest-waiting requests take
-them (`group` at a time), one call draws `columns` tokens for all, and every answer is handed its
-own. It hands over ids; they become text in the reader's thread. Readers are woken once a round.
+them, one call draws `columns` tokens for all, and every answer is handed its own. It hands over
+ids; they become text in the reader's thread. Readers are woken once a round.
 
 `columns` is a trade: a call costs the same overhead for one column as for many, but a token is seen
 and a newcomer read only when its call is done, and what a slot draws after its end is thrown away.
@@ -35,7 +35,7 @@ from rlhf_jax.serving.wording import Wording
 from rlhf_jax.text.messages import check_text
 from rlhf_jax.types import UserError
 
-GROUP = 8  # prompts that are read at once; free rows of a call are filled up
+GROUP = 32  # prompts that are read at once, at most
 RETRY_SECONDS = 2.0  # between attempts to get a failing device back
 log = logging.getLogger(__name__)
 
@@ -220,13 +220,12 @@ class SlotEngine:
   def _round(self, state):
     """Reads newcomers, then draws the next columns of all answers.
 
-    A call draws for free slots too, so whoever waits and fits is read first; at most once for every
-    slot, for those who are being answered wait meanwhile.
+    A call draws for free slots too, so whoever waits and fits is read first; as many as there are
+    slots at most, for those who are being answered wait meanwhile.
     """
-    for _ in range(0, self.decoder.slots, self.decoder.group):
-      come = self._admit_waiting()
-      if not come:
-        break
+    read = 0
+    while read < self.decoder.slots and (come := self._admit_waiting()):
+      read += len(come)
       prompts = [
         Admission(slot, a.prompt, a.seed % 2**32, a.temperature, a.request.top_p)
         for slot, a in come.items()
@@ -244,9 +243,8 @@ class SlotEngine:
     come = {}
     with self._changed:
       free = [slot for slot in range(self.decoder.slots) if slot not in self._busy]
-      for slot in free[: self.decoder.group]:
-        if not self._waiting:
-          break
+      fit = min(len(free), len(self._waiting))
+      for slot in free[: self.decoder.come_next(fit)] if fit else ():
         come[slot] = self._waiting.popleft()
         come[slot].admitted_at = time.monotonic()
       self._busy |= come
