@@ -1,6 +1,6 @@
 """Serving: many streaming clients at once against the same requests one at a time.
 
-  python benchmarks/serve.py --model=tiny [--clients=200] [--slots=104] [--columns=8]
+  python benchmarks/serve.py --model=tiny [--clients=200] [--slots=100] [--columns=8]
     [--prompt=64] [--response=64]
 
 Every client is a connection to a server on loopback and reads its stream to the end. One at a time
@@ -49,7 +49,7 @@ def main():
   given = common.arguments(
     __doc__,
     clients=(200, "requests, all sent at once"),
-    slots=(104, "answers under way at once"),
+    slots=(100, "answers under way at once"),
     columns=(8, "tokens that one call draws for every slot"),
     prompt=(64, "tokens of a prompt"),
     response=(64, "tokens of an answer at most"),
