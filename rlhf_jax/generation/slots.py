@@ -125,7 +125,7 @@ class SlotDecoder:
     return sorted({1, -(-self.group // 4), self.group})
 
   def come_next(self, waiting: int) -> int:
-    """How many of so many prompts are best read by the next `admit`, free rows being paid for."""
+    """How many of the prompts that wait, at least 1, the next `admit` best reads."""
     counts = self.counts()
     rows = next((count for count in counts if count >= waiting), self.group)
     # Two thirds of the rows free cost what a call more does.

@@ -98,7 +98,7 @@ def _in_rows(x: jax.Array) -> jax.Array:
 
 
 def _as_cached(x: jax.Array, ndim: int) -> jax.Array:
-  """Keys or values [B, G, T, H] as a cache whose have so many axes: 3 are of one row."""
+  """Keys or values [B, G, T, H] as they stand in a cache of so many axes; one row's has 3."""
   return x[0] if ndim == 3 else x
 
 

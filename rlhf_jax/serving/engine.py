@@ -220,8 +220,8 @@ class SlotEngine:
   def _round(self, state):
     """Reads newcomers, then draws the next columns of all answers.
 
-    A call draws for free slots too, so whoever waits and fits is read first; as many as there are
-    slots at most, for those who are being answered wait meanwhile.
+    A call draws for free slots too, so whoever waits and fits is read first; until as many have
+    come as there are slots, for those who are being answered wait meanwhile.
     """
     read = 0
     while read < self.decoder.slots and (come := self._admit_waiting()):
