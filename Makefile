@@ -29,7 +29,7 @@ matrix: $(VENV)/test
 	$(BIN)/python -m pytest -m matrix $(PYTEST)
 
 reference: $(VENV)/reference
-	$(BIN)/python -m pytest -m reference $(PYTEST)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/python -m pytest -m reference $(PYTEST)
 
 weights: $(VENV)/core
 	$(BIN)/python experiments/fetch_weights.py $(WEIGHTS)

@@ -4,12 +4,13 @@ import importlib.util
 import os
 import pathlib
 
+import quick
+
 from rlhf_jax import launch
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-  (os.environ.get("XLA_FLAGS", ""), f"{launch.DEVICE_FLAG}=8", launch.PATIENCE)
-)
+os.environ.update(quick.settings(os.environ))
+os.environ["XLA_FLAGS"] += f" {launch.DEVICE_FLAG}=8 {launch.PATIENCE}"
 os.environ.update(launch.cache_settings(os.environ))  # the second run of the suite compiles less
 
 import jax

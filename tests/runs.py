@@ -13,6 +13,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import quick
 
 from rlhf_jax import config as config_lib
 from rlhf_jax import launch
@@ -61,7 +62,9 @@ def spawn(script, *args, devices, **kwargs):
   ours = re.compile("XLA_FLAGS|GLIBC|RLHF_JAX_(DEVICES|PREPARED)")
   environ = {key: value for key, value in os.environ.items() if not ours.match(key)}
   environ |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "RLHF_JAX_DEVICES": str(devices)}
-  environ["XLA_FLAGS"] = launch.cpu_settings(environ, devices).get("XLA_FLAGS", "")
+  environ |= quick.settings(environ)
+  for_cpu = launch.cpu_settings(environ, devices)
+  environ["XLA_FLAGS"] = for_cpu.get("XLA_FLAGS", environ["XLA_FLAGS"])
   command = [sys.executable, str(script), *map(str, args)]
   return subprocess.Popen(
     command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import quick
 import tiny
 
 from rlhf_jax import config as config_lib
@@ -28,6 +29,7 @@ def benchmark(monkeypatch):
 def run(name, *arguments, toy=("--model=toy", "--repeats=1"), devices=2):
   """What a benchmark writes, in a process of its own."""
   environ = os.environ | {"XLA_FLAGS": "", "RLHF_BENCH_WAIT": "0", "RLHF_JAX_DEVICES": str(devices)}
+  environ |= quick.settings(environ)
   command = [sys.executable, str(FOLDER / f"{name}.py"), *toy, *arguments]
   done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
@@ -82,9 +84,9 @@ def test_an_iteration_of_ppo_is_split_into_its_phases():
 def test_served_answers_are_those_of_each_request_alone():
   found = run("serve", "--clients=6", "--slots=4", "--prompt=8", "--response=8", "--columns=2")
   assert found["same_answers"] == 1.0
-  (row,) = found["at_once"].values()
-  assert row["tokens"] == found["alone"]["tokens"] > 6
-  assert found["ratio"]["median"] == pytest.approx(row["rate"] / found["alone"]["rate"])
+  (row,), (alone,) = found["at_once"], found["alone"]
+  assert row["tokens"] == alone["tokens"] > 6
+  assert found["ratio"]["median"] == pytest.approx(row["rate"] / alone["rate"])
   assert 0 < row["first_token"]["p50"] <= row["total"]["p50"] <= row["total"]["p99"]
 
 

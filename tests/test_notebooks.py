@@ -8,6 +8,7 @@ import re
 
 import nbformat
 import pytest
+import quick
 from nbclient import NotebookClient
 
 from rlhf_jax import launch
@@ -55,7 +56,7 @@ def smallest(tmp_path, monkeypatch):
   for name, value in launch.cache_settings(os.environ).items():
     monkeypatch.setenv(name, value)  # shared with the rest of the suite: compile once
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setenv("XLA_FLAGS", quick.settings(os.environ | {"XLA_FLAGS": ""})["XLA_FLAGS"])
   monkeypatch.setenv("RLHF_JAX_DEVICES", "2")
   monkeypatch.setenv("HOME", str(tmp_path))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
