@@ -94,21 +94,21 @@ def random_networks(sizes: tuple, **compute) -> Networks:
   return Networks(policy, scalar, init(policy, 0), init(scalar, 1))
 
 
-def devices_for(rows: int) -> int:
-  """As many of the machine's devices as split the rows evenly."""
+def devices_for(rows: int, tensor: int = 1) -> int:
+  """As many of the machine's devices, or groups of `tensor` of them, as split the rows evenly."""
   import jax
 
-  count = jax.device_count()
+  count = jax.device_count() // tensor
   return next(n for n in range(count, 0, -1) if rows % n == 0)
 
 
-def mesh_of(devices: int):
-  """A mesh that splits rows over the first so many devices."""
+def mesh_of(devices: int, tensor: int = 1):
+  """A mesh that splits rows over so many devices, and parameters over `tensor`."""
   import jax
 
   axis_types = (jax.sharding.AxisType.Auto,) * 3
-  names, some = ("data", "fsdp", "tensor"), jax.devices()[:devices]
-  return jax.make_mesh((devices, 1, 1), names, axis_types, devices=some)
+  names, some = ("data", "fsdp", "tensor"), jax.devices()[: devices * tensor]
+  return jax.make_mesh((devices, 1, tensor), names, axis_types, devices=some)
 
 
 def adamw(learning_rate: float, clip_norm: float | None = None):

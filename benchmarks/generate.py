@@ -1,7 +1,7 @@
 """Generation: new tokens a second of the compiled decoding loop, prefill included.
 
   python benchmarks/generate.py --model=tiny [--batches=1,16,64] [--shapes=32x64,64x128]
-    [--eos] [--compact=0.875,0.75,0.625,0.5,0.375,0.25]
+    [--tensor=2] [--eos] [--compact=0.875,0.75,0.625,0.5,0.375,0.25]
 
 Without --eos no row ends early. With it the ids i % 64 == 3 all end a row, so lengths are skewed
 (about 1 in 64 a step for random weights), and the rate counts useful tokens: those up to the end.
@@ -21,6 +21,7 @@ import numpy as np
 from rlhf_jax.generation import decode
 from rlhf_jax.generation.sampling import SamplingConfig, Stops
 from rlhf_jax.parallel import mesh as mesh_lib
+from rlhf_jax.parallel import rules
 from rlhf_jax.types import PromptBatch
 
 HAZARD = 64  # with --eos one id in so many ends a row
@@ -33,6 +34,7 @@ def main():
     shapes=("32x64,64x128", "tokens of prompt x response"),
     eos=(False, "rows end at random"),
     cache_sizes=(4, "sizes that the cache goes through as it fills"),
+    tensor=(1, "devices that share the parameters"),
     compact=("", "shares of the batch that it goes on in when no more rows are open"),
   )
   networks = common.networks(given.model, given.models, dtype=given.dtype)
@@ -62,11 +64,11 @@ def measure(networks, B, P, R, given) -> dict:
   sampling = SamplingConfig(
     R, 1.0, top_k=0, top_p=1.0, stop=None, compact_to=shares, cache_sizes=given.cache_sizes
   )
-  mesh = common.mesh_of(common.devices_for(B))
+  mesh = common.mesh_of(common.devices_for(B, given.tensor), given.tensor)
   generate = functools.partial(
     decode.generate, networks.policy, config=sampling, stops=Stops(ends), pad_id=0
   )
-  params = mesh_lib.put_replicated(mesh, networks.policy_params)
+  params = rules.place(networks.policy_params, mesh)
   ids = np.random.default_rng(1_000 * B + P).integers(common.FIRST_ID, V, (B, P), np.int32)
   prompts = mesh_lib.put_batch(mesh, PromptBatch(ids, np.ones((B, P), np.float32)))
   key = mesh_lib.put_replicated(mesh, jax.random.key(0))

@@ -23,15 +23,23 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("columns", [1, 63, 64, 65, 200])
-def test_panels_hold_every_column_of_a_kernel(columns):
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 63, 64, 65, 200])
+def test_panels_hold_every_column_of_a_kernel(columns, width, monkeypatch):
+  monkeypatch.setattr(panels, "WIDTH", width)
   chance = np.random.default_rng(0)
   x, kernel = chance.normal(size=(3, 7)), chance.normal(size=(7, columns))
   made = panels.cut(jnp.asarray(kernel))
-  assert made.shape == (-(-columns // 64), 7, 64)
+  assert made.shape == (-(-columns // width), 7, width)
   np.testing.assert_allclose(
     panels.multiply(jnp.asarray(x), made)[:, :columns], x @ kernel, rtol=1e-5, atol=1e-6
   )
+
+
+def test_panels_are_as_wide_as_the_processor_multiplies_at_once():
+  assert panels.strip("model name: A\nflags: fpu sse2 avx avx2 avx512f avx512vl\n") == 64
+  assert panels.strip("model name: B\nflags: fpu sse2 avx avx2\n") == 16
+  assert panels.strip("") == 16  # a system that does not say
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -1,10 +1,10 @@
 """Kernels cut into panels of columns: how a CPU multiplies a few rows with a large matrix fastest.
 
 A product of 8 rows reads every kernel once and computes little with what it reads. XLA's CPU
-product of such a shape reaches a third of the core's rate; the same product, one panel of 64
-columns after the other, half of it or more, as a panel of the kernel lies in one piece of memory.
-So decoding copies the kernels into panels before its loop, and its steps multiply with these. The
-kernels stay what they are, for whoever reads many rows: prompts, scoring and training.
+product goes over such a kernel in strips of columns, so that every row of a strip lies elsewhere in
+memory; of panels that are as wide as its strips it reads one piece after the other. So decoding
+copies the kernels into panels before its loop, and its steps multiply with these. The kernels stay
+what they are, for whoever reads many rows: prompts, scoring and training.
 
 Panels are variables of a collection of their own, beside the parameters:
 
@@ -13,6 +13,7 @@ Panels are variables of a collection of their own, beside the parameters:
 """
 
 import math
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -20,7 +21,19 @@ import jax.numpy as jnp
 
 from rlhf_jax.types import Params
 
-WIDTH = 64  # columns of a panel; 32 and 128 were slower
+CPU = pathlib.Path("/proc/cpuinfo")
+
+
+def strip(cpu: str) -> int:
+  """Columns that a product goes over at once, on a CPU of this description; as measured.
+
+  With AVX-512 panels of 64 were faster than 32 and 128; with AVX2 16 was faster than 8, 24, 32, 64
+  and 128, and than 64 by a third to a half.
+  """
+  return 64 if "avx512f" in cpu.split() else 16
+
+
+WIDTH = strip(CPU.read_text() if CPU.exists() else "")  # columns of a panel
 MOST_ROWS = 16  # on a device; with more than these the plain product is as fast, or faster
 COLLECTION = "panels"
 
@@ -51,7 +64,7 @@ def of(network: nn.Module, params: Params) -> dict:
 
 
 def cut(kernel: jax.Array) -> jax.Array:
-  """[K, N] as panels [N / 64, K, 64]; the last is filled up with zeros."""
+  """[K, N] as panels [N / WIDTH, K, WIDTH]; the last is filled up with zeros."""
   inner, columns = kernel.shape
   count = -(-columns // WIDTH)
   kernel = jnp.pad(kernel, ((0, 0), (0, count * WIDTH - columns)))
@@ -59,7 +72,7 @@ def cut(kernel: jax.Array) -> jax.Array:
 
 
 def multiply(x: jax.Array, panels: jax.Array, precision=None) -> jax.Array:
-  """x [M, K] times panels [P, K, 64], [M, P * 64]."""
+  """x [M, K] times panels [P, K, WIDTH], [M, P * WIDTH]."""
   # With the rows repeated it is a batch of products, and no panel is moved to make one of it.
   repeated = jnp.broadcast_to(x, (panels.shape[0], *x.shape))
   out = jax.lax.dot_general(repeated, panels, (((2,), (1,)), ((0,), (0,))), precision)
