@@ -1,10 +1,10 @@
 """Kernels cut into panels of columns: how a CPU multiplies a few rows with a large matrix fastest.
 
-A product of 8 rows reads every kernel once and computes little with what it reads. XLA's CPU
-product goes over such a kernel in strips of columns, so that every row of a strip lies elsewhere in
-memory; of panels that are as wide as its strips it reads one piece after the other. So decoding
-copies the kernels into panels before its loop, and its steps multiply with these. The kernels stay
-what they are, for whoever reads many rows: prompts, scoring and training.
+A product of 8 rows reads every kernel once and computes little with what it reads. A CPU goes over
+such a kernel in strips of columns, a few vectors wide, and the rows of a strip lie far apart in
+memory; panels of a strip's width it reads from the first byte to the last. So decoding copies the
+kernels into panels before its loop, and its steps multiply with these. The kernels stay what they
+are, for whoever reads many rows: prompts, scoring and training.
 
 Panels are variables of a collection of their own, beside the parameters:
 
@@ -24,16 +24,16 @@ from rlhf_jax.types import Params
 CPU = pathlib.Path("/proc/cpuinfo")
 
 
-def strip(cpu: str) -> int:
-  """Columns that a product goes over at once, on a CPU of this description; as measured.
+def fastest_width(cpu: str) -> int:
+  """Columns of a panel on a CPU of this description, as measured with XLA's products.
 
-  With AVX-512 panels of 64 were faster than 32 and 128; with AVX2 16 was faster than 8, 24, 32, 64
-  and 128, and than 64 by a third to a half.
+  With AVX-512 64 was faster than 32 and 128; with AVX2 16 was faster than 8, 24, 32, 64 and 128,
+  and than 64 by a third to a half.
   """
   return 64 if "avx512f" in cpu.split() else 16
 
 
-WIDTH = strip(CPU.read_text() if CPU.exists() else "")  # columns of a panel
+WIDTH = fastest_width(CPU.read_text() if CPU.exists() else "")  # columns of a panel
 MOST_ROWS = 16  # on a device; with more than these the plain product is as fast, or faster
 COLLECTION = "panels"
 
