@@ -87,7 +87,7 @@ def network(point) -> common.Networks:
 
 def seconds_to_generate(networks, point, repeats) -> float:
   """The median time of a call."""
-  how = types.SimpleNamespace(eos=False, compact="", cache_sizes=4, repeats=repeats)
+  how = types.SimpleNamespace(eos=False, compact="", cache_sizes=4, tensor=1, repeats=repeats)
   found = generate.measure(networks, point["batch"], PROMPT, point["length"], how)
   return found["seconds"]["median"]
 
