@@ -99,6 +99,8 @@ def devices_for(rows: int, tensor: int = 1) -> int:
   import jax
 
   count = jax.device_count() // tensor
+  if not count:
+    raise SystemExit(f"--tensor={tensor} asks for more than the {jax.device_count()} devices here.")
   return next(n for n in range(count, 0, -1) if rows % n == 0)
 
 

@@ -128,7 +128,7 @@ def _measure(answers, loaded, many, single, bodies, repeats):
     "unit": "tokens/s",
     "rate": common.spread(rates["at_once"]),
     "alone_rate": common.spread(rates["alone"]),
-    "ratio": common.spread([many / one for many, one in zip(rates["at_once"], rates["alone"])]),
+    "ratio": common.spread([rate / alone for rate, alone in zip(rates["at_once"], rates["alone"])]),
     "ratio_there": common.spread([rate / alone_there["rate"] for rate in rates["at_once"]]),
     "same_answers": float(min(same)),
     "alone_there": alone_there,
