@@ -12,7 +12,6 @@ import common
 if __name__ == "__main__":
   common.prepare()
 
-import functools
 import sys
 
 import jax
@@ -65,9 +64,7 @@ def measure(networks, B, P, R, given) -> dict:
     R, 1.0, top_k=0, top_p=1.0, stop=None, compact_to=shares, cache_sizes=given.cache_sizes
   )
   mesh = common.mesh_of(common.devices_for(B, given.tensor), given.tensor)
-  generate = functools.partial(
-    decode.generate, networks.policy, config=sampling, stops=Stops(ends), pad_id=0
-  )
+  generate = decode.compiled(networks.policy, mesh, B, config=sampling, stops=Stops(ends), pad_id=0)
   params = rules.place(networks.policy_params, mesh)
   ids = np.random.default_rng(1_000 * B + P).integers(common.FIRST_ID, V, (B, P), np.int32)
   prompts = mesh_lib.put_batch(mesh, PromptBatch(ids, np.ones((B, P), np.float32)))
@@ -75,7 +72,7 @@ def measure(networks, B, P, R, given) -> dict:
   compiled = {}
 
   def compile_it():
-    compiled["it"] = mesh_lib.jit(generate, mesh).lower(params, prompts, key).compile()
+    compiled["it"] = generate.lower(params, prompts, key).compile()
 
   compile_seconds = common.timed(compile_it).seconds
   calls = iter(range(1, 1_000))

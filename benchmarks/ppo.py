@@ -118,15 +118,15 @@ def iteration(networks, config, seed=0):
   )
   judges = rollout.Judges(networks.policy_params, networks.reward_params)
   state, judges = rules.place((state, judges), mesh)
-  generate = functools.partial(
-    decode.generate,
+  generate = decode.compiled(
     networks.policy,
+    mesh,
+    B,
     config=config.rollout.sampling,
     stops=Stops((common.NEVER,)),
     pad_id=0,
   )
   how = rollout.Scoring(networks.policy, networks.scalar, 1.0, EOS)
-  generate = mesh_lib.jit(generate, mesh)
   score = mesh_lib.jit(functools.partial(rollout.score, how), mesh)
   update = rules.compile_step(functools.partial(ppo.update, learner=learner), state, mesh)
   draw, V = np.random.default_rng(seed), networks.policy.config.vocab_size

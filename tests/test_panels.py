@@ -71,12 +71,11 @@ def sampled(choice, axes=(1, 1, 1), **changes):
   policy = heads.Policy(tiny.changed(tiny.MODEL, compute__panels=choice, **changes))
   sampling = tiny.changed(tiny.SAMPLING, max_new_tokens=6, cache_sizes=2, compact_to=(0.5, 0.25))
   mesh = tiny.mesh(axes)
-  generate = functools.partial(
-    decode.generate, policy, config=sampling, stops=Stops(tuple(range(1, 9))), pad_id=tiny.PAD
-  )
+  stops = Stops(tuple(range(1, 9)))
+  generate = decode.compiled(policy, mesh, B, config=sampling, stops=stops, pad_id=tiny.PAD)
   params = rules.place(tiny.params(policy, 0), mesh)
   prompts = mesh_lib.put_batch(mesh, tiny.mixed_prompts(B, P, 0))
-  return jax.device_get(mesh_lib.jit(generate, mesh)(params, prompts, jax.random.key(0)))
+  return jax.device_get(generate(params, prompts, jax.random.key(0)))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -106,3 +105,16 @@ def test_a_cpu_uses_them_for_few_rows_where_it_has_the_whole_network(choice, axe
   compute, found = tiny.changed(tiny.MODEL.compute, panels=choice), []
   mesh_lib.jit(lambda: found.append(compute.in_panels(rows)), tiny.mesh(axes))()
   assert found == [expected]
+
+
+def test_only_few_rows_are_compiled_with_the_options_of_panels():
+  options = lambda choice, rows: tiny.changed(tiny.MODEL.compute, panels=choice).compiler_options(
+    rows, tiny.mesh((2, 1, 1))
+  )
+  assert options("auto", 32) == options("always", 99) == panels.compiler_options()
+  assert options("auto", 2) == options("auto", 34) == options("never", 32) == ()
+
+
+def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
+  monkeypatch.setattr(panels, "FUSED", (("xla_cpu_no_such_option", "1"),))
+  assert panels.compiler_options.__wrapped__() == ()

@@ -13,10 +13,12 @@ import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rlhf_jax.generation import compact, sampling
 from rlhf_jax.networks import heads, panels
 from rlhf_jax.networks.transformer import KVCache
+from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
 from rlhf_jax.types import Params, PromptBatch
 
@@ -106,6 +108,15 @@ def generate(
     state = _fill(state, body, held, sizes[1:])
     state = state.replace(cache=state.cache.grow(P + larger))
   return _finish(state, blank, body, sizes[1:])
+
+
+def compiled(
+  policy: heads.Policy, mesh: Mesh, prompts: int, *, samples: int = 1, **settings
+) -> Callable[[Params, PromptBatch, jax.Array], Completion]:
+  """`generate` with these settings, compiled for a mesh and batches of so many prompts."""
+  function = mesh_lib.bind(generate, policy, samples=samples, **settings)
+  options = policy.config.compute.compiler_options(prompts * samples, mesh)
+  return mesh_lib.jit(function, mesh, compiler_options=options)
 
 
 def _by_rows(policy: heads.Policy, params: Params, sizes: tuple[int, ...]) -> Callable[[int], dict]:

@@ -52,15 +52,15 @@ class Responder:
   @functools.cached_property
   def generate(self) -> Callable:
     """The compiled `(params, prompts, key) -> Completion`."""
-    generate = mesh_lib.bind(
-      decode.generate,
+    return decode.compiled(
       self.policy,
+      self.mesh,
+      self.batch_size,
       config=self.sampling,
       stops=self.stops,
       pad_id=self.tokenizer.pad_id,
       samples=self.samples,
     )
-    return mesh_lib.jit(generate, self.mesh)
 
   def fits(self, conversation: Conversation) -> bool:
     """Whether the conversation, perhaps without its oldest turns, fits into `prompt_length`."""

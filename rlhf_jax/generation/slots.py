@@ -100,7 +100,8 @@ class SlotDecoder:
   @functools.cached_property
   def _advance(self) -> Callable:
     function = mesh_lib.bind(advance, self.policy, P=self.prompt_length, columns=self.columns)
-    return self._compiled(function)
+    options = self.policy.config.compute.compiler_options(self.slots, self.mesh)
+    return self._compiled(function, compiler_options=options)
 
   def variables(self, params: Params) -> Variables:
     """What the functions below read the network from: `params`, on the mesh, made ready."""
@@ -111,10 +112,10 @@ class SlotDecoder:
 
     return {"params": params} | mesh_lib.jit(ready, self.mesh)(params)
 
-  def _compiled(self, function: Callable) -> Callable:
+  def _compiled(self, function: Callable, **options) -> Callable:
     """A function `(variables, state, ...) -> (state, drawn)`; the state is written in place."""
     layouts = (layout(jax.eval_shape(self._blank), self.mesh), mesh_lib.replicated(self.mesh))
-    return mesh_lib.jit(function, self.mesh, donate_argnums=1, out_shardings=layouts)
+    return mesh_lib.jit(function, self.mesh, donate_argnums=1, out_shardings=layouts, **options)
 
   def widths(self) -> list[int]:
     """The widths that prompts are padded to: powers of two, and P itself."""

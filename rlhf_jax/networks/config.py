@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 import jax
+from jax.sharding import Mesh
 
 from rlhf_jax.config import Positive, PositiveInt
 from rlhf_jax.networks import panels
@@ -39,6 +40,11 @@ class ComputeConfig:
     few = 1 < rows // rules.row_shards(rows) <= panels.MOST_ROWS
     fits = jax.default_backend() == "cpu" and few and not rules.splits_parameters()
     return self.panels == "always" or (self.panels == "auto" and fits)
+
+  def compiler_options(self, rows: int, mesh: Mesh) -> tuple[tuple[str, str], ...]:
+    """What `mesh.jit` compiles the decoding of so many rows with."""
+    with jax.set_mesh(mesh):
+      return panels.compiler_options() if self.in_panels(rows) else ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,14 @@ Panels are variables of a collection of their own, beside the parameters:
   policy.apply(few, ...)  # the same numbers, but for the order of sums
 """
 
+import functools
 import math
 import pathlib
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from rlhf_jax.types import Params
 
@@ -36,6 +38,13 @@ def fastest_width(cpu: str) -> int:
 WIDTH = fastest_width(CPU.read_text() if CPU.exists() else "")  # columns of a panel
 MOST_ROWS = 16  # on a device; with more than these the plain product is as fast, or faster
 COLLECTION = "panels"
+# XLA's options with which a product repeats its rows as it reads them, and no copies are written.
+FUSED = (
+  (
+    "xla_cpu_experimental_ynn_fusion_type",
+    "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+  ),
+)
 
 
 class Product(nn.Module):
@@ -68,7 +77,9 @@ def cut(kernel: jax.Array) -> jax.Array:
   inner, columns = kernel.shape
   count = -(-columns // WIDTH)
   kernel = jnp.pad(kernel, ((0, 0), (0, count * WIDTH - columns)))
-  return kernel.reshape(inner, count, WIDTH).swapaxes(0, 1)
+  panels = kernel.reshape(inner, count, WIDTH).swapaxes(0, 1)
+  # Left to itself XLA takes the kernel's own order for theirs, and copies it twice.
+  return with_layout_constraint(panels, Layout((0, 1, 2)))
 
 
 def multiply(x: jax.Array, panels: jax.Array, precision=None) -> jax.Array:
@@ -77,3 +88,18 @@ def multiply(x: jax.Array, panels: jax.Array, precision=None) -> jax.Array:
   repeated = jnp.broadcast_to(x, (panels.shape[0], *x.shape))
   out = jax.lax.dot_general(repeated, panels, (((2,), (1,)), ((0,), (0,))), precision)
   return out.swapaxes(0, 1).reshape(x.shape[0], -1)
+
+
+@functools.cache
+def compiler_options() -> tuple[tuple[str, str], ...]:
+  """XLA's options, in pairs, for a function that multiplies with panels.
+
+  For no other: products of many rows take in more than a repetition by them, and become slower.
+  """
+  if jax.default_backend() != "cpu":
+    return ()
+  try:
+    jax.jit(lambda: 0, compiler_options=dict(FUSED)).lower().compile()
+  except jax.errors.JaxRuntimeError:  # another version, which does not know them
+    return ()
+  return FUSED

@@ -71,7 +71,10 @@ def bind(function: Callable, *settings, **named) -> Bound:
 
 
 def jit(function: Callable, mesh: Mesh, out_shardings: Any = None, **options) -> Callable:
-  """`jax.jit` for a mesh: inside, `rules.constrain` knows the axes. It has a `lower` too."""
+  """`jax.jit` for a mesh: inside, `rules.constrain` knows the axes. It has a `lower` too.
+
+  Options are those of `jax.jit`; `compiler_options`, a dict there, are pairs.
+  """
   if not isinstance(function, Bound):
     return _compiled(function, mesh, out_shardings, options)
   layouts, tree = jax.tree.flatten(out_shardings)
@@ -86,6 +89,8 @@ def _compiled_once(function, mesh, layouts, tree, options):
 def _compiled(function, mesh, out_shardings, options):
   if out_shardings is not None:
     options = options | {"out_shardings": out_shardings}
+  if "compiler_options" in options:
+    options = options | {"compiler_options": dict(options["compiler_options"])}
   compiled = jax.jit(function, **options)
 
   def on_mesh(method: Callable) -> Callable:

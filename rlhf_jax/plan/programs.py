@@ -98,12 +98,11 @@ def improved(config: ExperimentConfig, mesh: Mesh) -> list[Program]:
   prompts = PromptBatch(prompts, jax.tree.map(as_float, prompts))
   # The worst case: no row ends early, and the cache is large from the start.
   together = dataclasses.replace(sampling, compact_to=(), cache_sizes=1)
-  generate = functools.partial(
-    decode.generate, policy, config=together, stops=Stops((0,)), pad_id=0
-  )
   place_key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh_lib.replicated(mesh))
   arguments = {"policy": of_policy, "prompts": prompts, "key": place_key}
-  generated = mesh_lib.jit(generate, mesh)
+  generated = decode.compiled(
+    policy, mesh, stage.rollout.batch_size, config=together, stops=Stops((0,)), pad_id=0
+  )
   trips = sampling.max_new_tokens - 1
   rolled = program("ppo generate", generated, arguments, kept, ("policy",), away, trips)
 
