@@ -59,7 +59,7 @@ def post(page: httpx.Client, path: str, **body) -> dict:
   """
   try:
     answer = page.post(f"/label/{path}", json=body)
-  except httpx.RemoteProtocolError:  # a connection that idled is closed while it is used again
+  except (httpx.RemoteProtocolError, httpx.NetworkError):  # it was closed as it was used again
     answer = page.post(f"/label/{path}", json=body)
   if answer.status_code != 200:
     raise RuntimeError(f"POST /label/{path}: {answer.status_code} {answer.text}")
