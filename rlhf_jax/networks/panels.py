@@ -15,10 +15,12 @@ Panels are variables of a collection of their own, beside the parameters:
 import functools
 import math
 import pathlib
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from rlhf_jax.types import Params
@@ -63,6 +65,29 @@ class Product(nn.Module):
     panels = self.get_variable(COLLECTION, "kernel")
     out = multiply(x.reshape(-1, inner), panels, precision)
     return out[:, : math.prod(columns)].reshape(*rows, *columns)
+
+
+def together(layers: Sequence[nn.DenseGeneral], inputs: Sequence[jax.Array]) -> list[jax.Array]:
+  """Each layer of its input [..., D]: as one product where there are panels and one input for all.
+
+  The layers are of one module and have no bias, nor a `Product` of their own. A product by panels
+  costs something however small it is.
+  """
+  parent, x, dtype = layers[0].parent, inputs[0], layers[0].dtype
+  if parent.is_mutable_collection(COLLECTION) and not parent.is_initializing():
+    kernels = [layer.variables["params"]["kernel"].astype(dtype) for layer in layers]
+    made = [cut(kernel.reshape(kernel.shape[0], -1)) for kernel in kernels]
+    parent.put_variable(COLLECTION, "kernels", jnp.concatenate(made))
+  if not parent.has_variable(COLLECTION, "kernels") or any(other is not x for other in inputs):
+    return [layer(own) for layer, own in zip(layers, inputs, strict=True)]
+  rows = x.astype(dtype).reshape(-1, x.shape[-1])
+  out, found, start = multiply(rows, parent.get_variable(COLLECTION, "kernels")), [], 0
+  for layer in layers:
+    features = np.atleast_1d(layer.features)
+    columns = math.prod(features)
+    found.append(out[:, start : start + columns].reshape(*x.shape[:-1], *features))
+    start += -(-columns // WIDTH) * WIDTH
+  return found
 
 
 def of(network: nn.Module, params: Params) -> dict:

@@ -123,10 +123,11 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x, layer_cache, index, mask, angles, picked=None, span=None):
     c, pick = self.config, functools.partial(_pick, picked=picked, span=span)
-    project = lambda name, heads, x: _linear(c, (heads, c.head_dim), name)(x)
-    query = rotate(project("query", c.n_heads, pick(x)), *map(pick, angles))
-    key = rotate(project("key", c.n_kv_heads, x), *angles).swapaxes(1, 2)
-    value = project("value", c.n_kv_heads, x).swapaxes(1, 2)
+    heads = {"query": c.n_heads, "key": c.n_kv_heads, "value": c.n_kv_heads}
+    layers = [_linear(c, (n, c.head_dim), name, alone=False) for name, n in heads.items()]
+    query, key, value = panels.together(layers, (pick(x), x, x))
+    query = rotate(query, *map(pick, angles))
+    key, value = rotate(key, *angles).swapaxes(1, 2), value.swapaxes(1, 2)
     if layer_cache is not None:
       keys, values = layer_cache
       write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=-2)
@@ -155,7 +156,8 @@ class MLP(nn.Module):
     c = self.config
     # As one matrix of tokens: XLA's CPU backward pass is a seventh faster than on [B, T, D].
     tokens = x.reshape(-1, c.d_model)
-    gate, up = _linear(c, c.d_ff, "gate")(tokens), _linear(c, c.d_ff, "up")(tokens)
+    layers = [_linear(c, c.d_ff, name, alone=False) for name in ("gate", "up")]
+    gate, up = panels.together(layers, (tokens, tokens))
     down = _linear(c, c.d_model, "down", c.n_layers)
     return down(nn.silu(gate) * up).reshape(x.shape)
 
@@ -288,15 +290,20 @@ def _pick(x: jax.Array, picked: jax.Array | None, span: tuple[int, int] | None) 
   return x
 
 
-def _linear(config, features, name: str, n_layers: int | None = None, axis=-1) -> nn.DenseGeneral:
-  """A linear map of the last axes, without bias; with `n_layers` it writes to the stream."""
+def _linear(
+  config, features, name: str, n_layers: int | None = None, axis=-1, alone: bool = True
+) -> nn.DenseGeneral:
+  """A linear map of the last axes, without bias; with `n_layers` it writes to the stream.
+
+  `alone`: it has panels of its own, where decoding has any; else see `panels.together`.
+  """
   return nn.DenseGeneral(
     features,
     axis,
     use_bias=False,
     dtype=config.compute.dtype,
     kernel_init=_normal(n_layers),
-    dot_general_cls=panels.Product,
+    dot_general_cls=panels.Product if alone else None,
     name=name,
   )
 
