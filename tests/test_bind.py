@@ -49,6 +49,11 @@ def test_other_settings_layouts_or_meshes_have_programs_of_their_own(mesh):
   assert [float(run(jnp.float32(1.0))) for run in (one, *others)] == [5.0, 6.0, 6.0, 5.0, 5.0]
 
 
+def test_a_program_has_the_name_of_what_was_bound(mesh):
+  lowered = mesh_lib.jit(mesh_lib.bind(scaled, 7.0), mesh).lower(jnp.float32(1.0))
+  assert lowered.as_text().startswith("module @jit_scaled ")
+
+
 def test_settings_that_cannot_be_hashed_are_refused(mesh):
   with pytest.raises(TypeError, match="unhashable"):
     mesh_lib.jit(mesh_lib.bind(scaled, [2.0]), mesh)

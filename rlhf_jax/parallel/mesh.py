@@ -58,6 +58,11 @@ class Bound:
   settings: tuple[Any, ...]
   named: tuple[tuple[str, Any], ...]
 
+  @property
+  def __name__(self) -> str:
+    """What traces and compiled programs call it."""
+    return self.function.__name__
+
   def __call__(self, *args, **kwargs):
     return self.function(*self.settings, *args, **dict(self.named), **kwargs)
 
