@@ -37,9 +37,9 @@ def test_panels_hold_every_column_of_a_kernel(columns, width, monkeypatch):
 
 
 def test_panels_are_as_wide_as_suits_the_processor():
-  assert panels.fastest_width("model name: A\nflags: fpu sse2 avx avx2 avx512f avx512vl\n") == 64
-  assert panels.fastest_width("model name: B\nflags: fpu sse2 avx avx2\n") == 16
-  assert panels.fastest_width("") == 16  # a system that does not say
+  assert panels.fastest("model name: A\nflags: fpu sse2 avx avx2 avx512f avx512vl\n") == (64, 16)
+  assert panels.fastest("model name: B\nflags: fpu sse2 avx avx2\n") == (16, 32)
+  assert panels.fastest("") == (16, 32)  # a system that does not say
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -93,9 +93,9 @@ def test_decoding_by_panels_draws_the_same_tokens(axes, name):
   ("choice", "axes", "rows", "expected"),
   [
     ("auto", (1, 1, 1), 1, False),
-    ("auto", (1, 1, 1), 16, True),
-    ("auto", (1, 1, 1), 17, False),
-    ("auto", (2, 1, 1), 32, True),
+    ("auto", (1, 1, 1), panels.MOST_ROWS, True),
+    ("auto", (1, 1, 1), panels.MOST_ROWS + 1, False),
+    ("auto", (2, 1, 1), 2 * panels.MOST_ROWS, True),
     ("auto", (1, 2, 1), 8, False),
     ("auto", (1, 1, 2), 8, False),
     ("always", (1, 1, 2), 99, True),
@@ -112,8 +112,9 @@ def test_only_few_rows_are_compiled_with_the_options_of_panels():
   options = lambda choice, rows: tiny.changed(tiny.MODEL.compute, panels=choice).compiler_options(
     rows, tiny.mesh((2, 1, 1))
   )
-  assert options("auto", 32) == options("always", 99) == panels.compiler_options()
-  assert options("auto", 2) == options("auto", 34) == options("never", 32) == ()
+  most = 2 * panels.MOST_ROWS
+  assert options("auto", most) == options("always", 99) == panels.compiler_options()
+  assert options("auto", 2) == options("auto", most + 2) == options("never", most) == ()
 
 
 def test_options_that_xla_does_not_know_are_left_out(monkeypatch):

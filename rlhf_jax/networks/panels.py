@@ -28,17 +28,16 @@ from rlhf_jax.types import Params
 CPU = pathlib.Path("/proc/cpuinfo")
 
 
-def fastest_width(cpu: str) -> int:
-  """Columns of a panel on a CPU of this description, as measured with XLA's products.
+def fastest(cpu: str) -> tuple[int, int]:
+  """(columns of a panel, rows up to which they pay) on a CPU of this description, as measured.
 
-  With AVX-512 64 was faster than 32 and 128; with AVX2 16 was faster than 8, 24, 32, 64 and 128,
-  and than 64 by a third to a half.
+  With AVX-512 64 columns were faster than 32 and 128, and no panels for 32 rows than panels. With
+  AVX2 16 were faster than 8, 24, 32, 64 and 128, and than none for 32 rows, but not for 64.
   """
-  return 64 if "avx512f" in cpu.split() else 16
+  return (64, 16) if "avx512f" in cpu.split() else (16, 32)
 
 
-WIDTH = fastest_width(CPU.read_text() if CPU.exists() else "")  # columns of a panel
-MOST_ROWS = 16  # on a device; with more than these the plain product is as fast, or faster
+WIDTH, MOST_ROWS = fastest(CPU.read_text() if CPU.exists() else "")  # rows: of a device
 COLLECTION = "panels"
 # XLA's options with which a product repeats its rows as it reads them, and no copies are written.
 FUSED = (
