@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,7 +30,9 @@ FIRST_ID = 3  # ids below are special
 NEVER = -1  # an id that is never drawn
 MOST_FOREIGN = 0.06  # share of all cores that others may use in a repetition that counts
 PATIENCE = float(os.environ.get("RLHF_BENCH_WAIT", "240"))  # seconds of waiting for quiet, in all
+TURNS = (False, "a call of the first row for each line of input; see compare.py --calls")
 _waited = 0.0
+_turns = False
 
 
 def prepare() -> None:
@@ -54,7 +57,10 @@ def arguments(doc: str, **more) -> argparse.Namespace:
   for name, (default, text) in more.items():
     kind = {"action": "store_true"} if default is False else {"type": type(default)}
     add(f"--{name}", default=default, help=text, **kind)
-  return parser.parse_args()
+  global _turns
+  given = parser.parse_args()
+  _turns = getattr(given, "turns", False)
+  return given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +185,8 @@ def repeat(function: Callable[[], float | None], repeats: int) -> list[Repetitio
   One follows the other as steps of a run do, unless it was disturbed: after a pause of a second, a
   virtual machine's host may have taken back the memory that a step needs.
   """
+  if _turns:
+    take_turns(function)
   done = []
   wait_for_quiet()
   while sum(r.foreign <= MOST_FOREIGN for r in done) < repeats and len(done) < 2 * repeats + 1:
@@ -186,6 +194,15 @@ def repeat(function: Callable[[], float | None], repeats: int) -> list[Repetitio
       wait_for_quiet()
     done.append(timed(function))
   return sorted(done, key=lambda r: r.foreign)[:repeats]
+
+
+def take_turns(function: Callable[[], float | None]) -> NoReturn:
+  """The calls that `compare.py --calls` asks for, one for each line of input, to its end."""
+  print("ready", flush=True)
+  for _ in sys.stdin:
+    done = timed(function)
+    print(json.dumps({"seconds": done.seconds, "units": done.units}), flush=True)
+  sys.exit()
 
 
 def measure_step(step: Callable, state, repeats: int) -> dict:

@@ -35,6 +35,7 @@ def main():
     cache_sizes=(4, "sizes that the cache goes through as it fills"),
     tensor=(1, "devices that share the parameters"),
     compact=("", "shares of the batch that it goes on in when no more rows are open"),
+    turns=common.TURNS,
   )
   networks = common.networks(given.model, given.models, dtype=given.dtype)
   limits = common.limits()

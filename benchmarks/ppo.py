@@ -42,6 +42,7 @@ def main():
     seed=(0, "of prompts and sampling"),
     remat=(False, "blocks are computed again in the backward pass"),
     scan=(False, "one compiled layer"),
+    turns=common.TURNS,
   )
   networks = common.networks(
     given.model, given.models, dtype=given.dtype, remat=given.remat, scan_layers=given.scan

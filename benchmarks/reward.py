@@ -23,7 +23,10 @@ from rlhf_jax.types import RankingBatch
 
 def main():
   given = common.arguments(
-    __doc__, pairs=(16, "pairs of a step"), length=(128, "tokens of an answer")
+    __doc__,
+    pairs=(16, "pairs of a step"),
+    length=(128, "tokens of an answer"),
+    turns=common.TURNS,
   )
   B, T = given.pairs, given.length
   networks = common.networks(given.model, given.models, dtype=given.dtype)

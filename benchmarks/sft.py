@@ -30,6 +30,7 @@ def main():
     length=(256, "tokens of a row"),
     remat=(False, "blocks are computed again in the backward pass"),
     scan=(False, "one compiled layer"),
+    turns=common.TURNS,
   )
   B, T = given.rows, given.length
   networks = common.networks(

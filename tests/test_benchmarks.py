@@ -1,6 +1,7 @@
 """The benchmarks run, at toy size, and say what a comparison needs; their arithmetic is right."""
 
 import importlib
+import io
 import json
 import os
 import pathlib
@@ -156,6 +157,48 @@ def test_a_comparison_alternates_and_puts_each_row_beside_the_best_peer(benchmar
 def test_a_command_that_fails_ends_a_comparison_with_what_it_said(benchmark):
   with pytest.raises(SystemExit, match="ended with 3"):
     benchmark("compare").run(f"{sys.executable} -c 'raise SystemExit(3)'")
+
+
+def test_calls_in_turn_are_compared_turn_by_turn(benchmark, tmp_path, capsys, monkeypatch):
+  script = tmp_path / "answers.py"
+  script.write_text(
+    "import json, sys\n"
+    "name, log, units, *seconds, last = sys.argv[1:]\n"
+    "print('warms up\\nready', flush=True)\n"
+    "for second, _ in zip(map(float, seconds), sys.stdin):\n"
+    "  open(log, 'a').write(name + ' ')\n"
+    "  done = {'seconds': second, 'units': json.loads(units)}\n"
+    "  print(json.dumps(done), flush=True)\n"
+    "sys.exit(0 if last == '--turns' else 3)\n"
+  )
+  log = tmp_path / "log"
+  command = lambda name, told: f"{sys.executable} {script} {name} {log} {told}"
+  ours, peer = command("ours", "8 1 2 4"), command("peer", "8 2 8 4")
+  told = ["compare.py", "--calls=3", "--ours", ours, "--peer", peer]
+  monkeypatch.setattr(sys, "argv", told)
+  benchmark("compare").main()
+  assert log.read_text().split() == ["peer", "ours"] * 3
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[2:] == [f"| {peer} | 2 [1, 4] | 2 [1, 4] |", f"| {ours} | 4 [2, 8] |  |"]
+  short = command("peer", "null 2")
+  monkeypatch.setattr(sys, "argv", [*told[:-1], short])
+  with pytest.raises(SystemExit, match=r"peer .* --turns\nended with 0"):
+    benchmark("compare").main()
+
+
+def test_a_benchmark_makes_a_call_for_each_line_of_input(benchmark, capsys, monkeypatch):
+  common, calls = benchmark("common"), iter((5.0, 7.0, None))
+  monkeypatch.setattr(common, "_turns", False)  # and so again afterwards
+  monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n\n"))
+  monkeypatch.setattr(sys, "argv", ["generate.py", "--turns"])
+  assert common.arguments("Generates.", turns=common.TURNS).turns
+  with pytest.raises(SystemExit) as ended:
+    common.repeat(lambda: next(calls), 9)
+  assert not ended.value.code
+  ready, *done = capsys.readouterr().out.splitlines()
+  assert ready == "ready"
+  assert [json.loads(line)["units"] for line in done] == [5.0, 7.0, None]
+  assert all(json.loads(line)["seconds"] >= 0 for line in done)
 
 
 def test_flops_of_a_forward_pass_are_counted_by_hand(benchmark):
