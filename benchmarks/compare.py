@@ -121,7 +121,8 @@ class Program:
 
   def call(self) -> float:
     """The rate of one call."""
-    print(file=self.popen.stdin, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # if it has ended, `answer` says why
+      print(file=self.popen.stdin, flush=True)
     done = json.loads(self.answer())
     return (done["units"] or 1.0) / done["seconds"]
 

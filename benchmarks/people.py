@@ -8,7 +8,7 @@ the labeling page; and here the people, who sign in with their tokens and rank w
 them until the run is over. They see nothing else, and rank as the config's simulated labelers do
 (`labelers.simulated`: the same rubric, the same slips). Then the run with the simulated labelers,
 or that of --beside. The same command goes on where it was cut off. What a table shows is read from
-the two working directories and from the store.
+the two working directories and from the store. Needs the extra `test` (`make .venv/test`).
 """
 
 import argparse

@@ -9,6 +9,7 @@ is not always equally fast, and must give the same answers. Weights are random, 
 early where the EOS is drawn. Seconds are those that clients see: HTTP, JSON and the text of the
 tokens included. "ratio" is that of the rates of a turn; "ratio_there" is to what the server of many
 slots gives when it is asked one request at a time, as one answer leaves most of its work unused.
+Needs the extra `test` (`make .venv/test`).
 """
 
 import common
