@@ -30,9 +30,9 @@ def test_panels_hold_every_column_of_a_kernel(columns, width, monkeypatch):
   chance = np.random.default_rng(0)
   x, kernel = chance.normal(size=(3, 7)), chance.normal(size=(7, columns))
   made = panels.cut(jnp.asarray(kernel))
-  assert made.shape == (-(-columns // width), 7, width)
+  assert made.shape == (1, -(-columns // width), 7, width)
   np.testing.assert_allclose(
-    panels.multiply(jnp.asarray(x), made)[:, :columns], x @ kernel, rtol=1e-5, atol=1e-6
+    panels.multiply(jnp.asarray(x), made)[:, 0, :columns], x @ kernel, rtol=1e-5, atol=1e-6
   )
 
 
@@ -80,10 +80,19 @@ def sampled(choice, axes=(1, 1, 1), **changes):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 1, 1), (1, 2, 2)])
-def test_decoding_by_panels_draws_the_same_tokens(axes, name):
+@pytest.mark.parametrize(
+  ("choice", "axes"),
+  [
+    ("always", (1, 1, 1)),
+    ("always", (2, 1, 1)),
+    ("always", (1, 2, 2)),
+    ("auto", (1, 1, 2)),
+    ("auto", (2, 1, 1)),  # in one group
+  ],
+)
+def test_decoding_by_panels_draws_the_same_tokens(choice, axes, name):
   expected = sampled("never", **NETWORKS[name])
-  got = sampled("always", axes, **NETWORKS[name])
+  got = sampled(choice, axes, **NETWORKS[name])
   np.testing.assert_array_equal(got.tokens, expected.tokens)
   np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
   assert 0 < expected.finished.sum() < B
@@ -97,12 +106,16 @@ def test_decoding_by_panels_draws_the_same_tokens(axes, name):
     ("auto", (1, 1, 1), panels.MOST_ROWS + 1, False),
     ("auto", (2, 1, 1), 2 * panels.MOST_ROWS, True),
     ("auto", (1, 2, 1), 8, False),
-    ("auto", (1, 1, 2), 8, False),
+    ("auto", (1, 1, 2), 1, True),
+    ("auto", (1, 1, 2), panels.MOST_ROWS, True),
+    ("auto", (1, 1, 2), panels.MOST_ROWS + 1, False),
     ("always", (1, 1, 2), 99, True),
     ("never", (1, 1, 1), 8, False),
   ],
 )
-def test_a_cpu_uses_them_for_few_rows_where_it_has_the_whole_network(choice, axes, rows, expected):
+def test_a_cpu_uses_them_for_few_rows_where_it_need_not_fetch_parameters(
+  choice, axes, rows, expected
+):
   compute, found = tiny.changed(tiny.MODEL.compute, panels=choice), []
   mesh_lib.jit(lambda: found.append(compute.in_panels(rows)), tiny.mesh(axes))()
   assert found == [expected]
@@ -120,3 +133,54 @@ def test_only_few_rows_are_compiled_with_the_options_of_panels():
 def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
   monkeypatch.setattr(panels, "FUSED", (("xla_cpu_no_such_option", "1"),))
   assert panels.compiler_options.__wrapped__() == ()
+
+
+@pytest.mark.parametrize(
+  ("axes", "rows", "changes", "expected"),
+  [
+    ((2, 1, 1), panels.GROUP_ROWS, {}, True),
+    ((2, 1, 1), panels.GROUP_ROWS + 1, {}, False),
+    ((2, 1, 1), 1, {}, False),
+    ((1, 1, 1), 8, {}, False),
+    ((1, 1, 2), 8, {}, False),  # a group already
+    ((1, 2, 1), 8, {}, False),
+    ((2, 1, 1), 8, {"vocab_size": 201}, False),  # does not divide
+    ((2, 1, 1), 8, {"compute__panels": "never"}, False),
+    ((2, 1, 1), 8, {"compute__panels": "always"}, False),
+  ],
+)
+def test_devices_become_one_group_for_very_few_rows(axes, rows, changes, expected):
+  model = tiny.changed(tiny.MODEL, **changes)
+  assert model.in_one_group(rows, tiny.mesh(axes)) == expected
+
+
+def test_each_device_of_a_group_has_its_part_of_the_panels():
+  policy = heads.Policy(tiny.changed(tiny.MODEL, d_ff=150))
+
+  def made(params):
+    with rules.one_group():
+      return panels.of(policy, rules.split(params))
+
+  mesh = tiny.mesh((2, 1, 1))
+  found = mesh_lib.jit(mesh_lib.bind(made), mesh)(tiny.params(policy, 0))
+  for path, x in jax.tree_util.tree_leaves_with_path(found):
+    shares, inner = x.shape[0], x.shape[2]
+    of_rows = any(name in rules.path_name(path) for name in ("out", "down"))
+    expected = (1, x.shape[1], inner // 2 if of_rows else inner, x.shape[3])
+    assert shares == (1 if of_rows else 2)
+    assert {shard.data.shape for shard in x.addressable_shards} == {expected}
+
+
+def test_a_group_answers_one_prompt_several_times():
+  mesh, policy = tiny.mesh((2, 1, 1)), tiny.POLICY
+  sampling = tiny.changed(tiny.SAMPLING, max_new_tokens=6, compact_to=(0.5,))
+  how = {"config": sampling, "stops": Stops(tuple(range(1, 9))), "pad_id": tiny.PAD, "samples": 3}
+  prompt, key = tiny.mixed_prompts(1, P, 0), jax.random.key(0)
+  params = tiny.params(policy, 0)
+  assert policy.config.in_one_group(3, mesh)
+  got = decode.compiled(policy, mesh, 1, **how)(
+    mesh_lib.put_replicated(mesh, params), mesh_lib.put_replicated(mesh, prompt), key
+  )
+  expected = jax.jit(functools.partial(decode.generate, policy, **how))(params, prompt, key)
+  np.testing.assert_array_equal(got.tokens, expected.tokens)
+  np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)

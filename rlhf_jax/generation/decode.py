@@ -114,9 +114,24 @@ def compiled(
   policy: heads.Policy, mesh: Mesh, prompts: int, *, samples: int = 1, **settings
 ) -> Callable[[Params, PromptBatch, jax.Array], Completion]:
   """`generate` with these settings, compiled for a mesh and batches of so many prompts."""
-  function = mesh_lib.bind(generate, policy, samples=samples, **settings)
-  options = policy.config.compute.compiler_options(prompts * samples, mesh)
-  return mesh_lib.jit(function, mesh, compiler_options=options)
+  rows, config = prompts * samples, policy.config
+  in_group = config.in_one_group(rows, mesh)
+  with rules.one_group(in_group):
+    options = config.compute.compiler_options(rows, mesh)
+  function = generate_in_one_group if in_group else generate
+  bound = mesh_lib.bind(function, policy, samples=samples, **settings)
+  return mesh_lib.jit(bound, mesh, compiler_options=options)
+
+
+def generate_in_one_group(
+  policy: heads.Policy, params: Params, prompts: PromptBatch, key: jax.Array, **settings
+) -> Completion:
+  """`generate` by devices that have all parameters, of which each reads a part for all rows."""
+  with rules.one_group():
+    completion = generate(
+      policy, rules.split(params), rules.constrain(prompts, "rows"), key, **settings
+    )
+  return rules.constrain(completion, "rows")
 
 
 def _by_rows(policy: heads.Policy, params: Params, sizes: tuple[int, ...]) -> Callable[[int], dict]:
@@ -172,7 +187,7 @@ def _finish(
 def _shrink(state: DecodeState, size: int, shards: int) -> DecodeState:
   """The state with `size` rows, those that are open among them."""
   kept = compact.still_open(state.completion.finished, size, shards)
-  take = lambda x: compact.take(x, kept)
+  take = lambda x: rules.constrain(compact.take(x, kept), "rows")
   own = jnp.take_along_axis(state.rows, kept, axis=1)
   return state.replace(
     rows=own,

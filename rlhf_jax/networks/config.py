@@ -26,7 +26,7 @@ class ComputeConfig:
   # blocks on a CPU.
   attention: Literal["auto", "plain", "blocked"]
   # Whether decoding multiplies with a copy of the kernels in panels (`panels.py`); "auto": on a CPU
-  # where a device has few rows and all of the parameters.
+  # where a device has few rows. For very few, devices then share the kernels (`in_one_group`).
   panels: Literal["auto", "always", "never"]
 
   @property
@@ -37,8 +37,10 @@ class ComputeConfig:
 
   def in_panels(self, rows: int) -> bool:
     """Whether a decoding step of so many rows multiplies with panels; asked in `mesh.jit`."""
-    few = 1 < rows // rules.row_shards(rows) <= panels.MOST_ROWS
-    fits = jax.default_backend() == "cpu" and few and not rules.splits_parameters()
+    # A device that has whole kernels reads them for a single row as fast without.
+    fewest = 1 if rules.tensor_devices() > 1 else 2
+    few = fewest <= rows // rules.row_shards(rows) <= panels.MOST_ROWS
+    fits = jax.default_backend() == "cpu" and few and not rules.gathers_parameters()
     return self.panels == "always" or (self.panels == "auto" and fits)
 
   def compiler_options(self, rows: int, mesh: Mesh) -> tuple[tuple[str, str], ...]:
@@ -70,3 +72,17 @@ class ModelConfig:
       )
     if self.head_dim % 2:
       raise UserError(f"config model: head_dim {self.head_dim} must be even for rotary positions.")
+
+  def in_one_group(self, rows: int, mesh: Mesh) -> bool:
+    """Whether devices that have all parameters decode so many rows with a part of them each.
+
+    A step of few rows takes a CPU little longer than reading the kernels does. So a device reads a
+    part of them for all rows, rather than all of them for a part of the rows.
+    """
+    whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1 < mesh.size
+    if not whole or mesh.is_multi_process or jax.default_backend() != "cpu":
+      return False
+    columns = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+    columns += self.d_ff, self.vocab_size
+    fits = all(count % mesh.size == 0 for count in columns)
+    return fits and self.compute.panels == "auto" and 1 < rows <= panels.GROUP_ROWS

@@ -34,7 +34,7 @@ class Policy(nn.Module):
         use_bias=False,
         dtype=self.config.compute.dtype,
         kernel_init=nn.initializers.normal(0.02),
-        dot_general_cls=panels.Product,
+        dot_general_cls=panels.OfColumns,
       )
 
   def __call__(self, tokens, positions, segments):

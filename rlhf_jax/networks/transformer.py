@@ -72,7 +72,8 @@ class KVCache:
     alone = lambda x: x[0] if x.ndim == 4 and x.shape[0] == 1 else x
     of_layers = lambda layers: jax.tree.map(lambda x: alone(rows(_in_rows(x), -4)), layers)
     keys, values = of_layers(self.keys), of_layers(self.values)
-    return self.replace(keys=keys, values=values, segments=rows(self.segments, 0))
+    segments = constrain(rows(self.segments, 0), "rows")
+    return self.replace(keys=keys, values=values, segments=segments)
 
   def put(self, rows: jax.Array, other: "KVCache", segments: jax.Array, end: int) -> "KVCache":
     """With the W columns of the n rows of `other` in those before `end` of `rows` [n].
@@ -202,7 +203,7 @@ class Transformer(nn.Module):
     else:
       self.blocks = [block(c, name=f"block_{i}") for i in range(c.n_layers)]
     self.final_norm = RMSNorm(c.norm_eps)
-    self.vocabulary = panels.Product()
+    self.vocabulary = panels.OfColumns()
 
   def __call__(
     self,
@@ -303,7 +304,7 @@ def _linear(
     use_bias=False,
     dtype=config.compute.dtype,
     kernel_init=_normal(n_layers),
-    dot_general_cls=panels.Product if alone else None,
+    dot_general_cls=panels.OfRows if alone else None,
     name=name,
   )
 

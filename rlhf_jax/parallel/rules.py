@@ -6,9 +6,11 @@ parameters they belong to. Scalars, counters and PRNG keys are replicated withou
 gets rules of its own by rows that go before (`table`), since paths begin with its name.
 """
 
+import contextlib
+import contextvars
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -37,7 +39,34 @@ ACTIVATIONS: Rules = (
   (r"^stream$", P(("data", "fsdp"), None, None)),  # [B, T, D]
   (r"^heads$", P(("data", "fsdp"), None, "tensor", None)),  # [B, T, N, H]
   (r"^table$", P("tensor", None)),  # [V, D], the embedding where it is read
+  (r"^drawn from$", P(("data", "fsdp", "tensor"), None)),  # [B, V], logits of the next token
+  (r"^rows$", P(("data", "fsdp"))),  # [B, ...], whole on all devices that share parameters
 )
+
+
+_in_one_group = contextvars.ContextVar("in one group", default=False)
+
+
+@contextlib.contextmanager
+def one_group(when: bool = True) -> Iterator[None]:
+  """What is traced in here has rows whole, and `data` splits what `tensor` does elsewhere.
+
+  So devices that have all parameters become a group that shares them, for a part of a program.
+  """
+  token = _in_one_group.set(when)
+  try:
+    yield
+  finally:
+    _in_one_group.reset(token)
+
+
+def _here(spec: P) -> P:
+  """The spec with the axes that it means here."""
+  if not _in_one_group.get():
+    return spec
+  own = {"data": (), "fsdp": (), "tensor": ("data",)}
+  whole = lambda names: (names,) if isinstance(names, str) else names or ()
+  return P(*(sum((own[name] for name in whole(names)), ()) for names in spec))
 
 
 def table(rows: Iterable[Row]) -> Rules:
@@ -86,17 +115,23 @@ def compile_step(step: Callable, state: Any, mesh: Mesh, rules: Rules = TRANSFOR
   return mesh_lib.jit(step, mesh, donate_argnums=0, out_shardings=out_shardings)
 
 
-def constrain(x: jax.Array, name: str, rules: Rules = ACTIVATIONS) -> jax.Array:
-  """`x`, laid out by the rule for `name` in a function of `mesh.jit`; elsewhere `x` as it is.
+def constrain(tree: Any, name: str, rules: Rules = ACTIVATIONS) -> Any:
+  """Arrays laid out by the rule for `name` in a function of `mesh.jit`; elsewhere as they are.
 
-  An axis that does not divide, as in a batch of one, stays whole.
+  An axis that does not divide by all its devices, as a batch of one, is split over fewer or none.
   """
-  axes = jax.sharding.get_abstract_mesh().shape
-  if not axes:
-    return x
   spec = next(spec for pattern, spec in rules if re.search(pattern, name))
-  fits = [n if size % _devices(n, axes) == 0 else None for size, n in zip(x.shape, spec)]
-  return jax.lax.with_sharding_constraint(x, P(*fits))
+  return jax.tree.map(lambda x: _lay_out(x, spec), tree)
+
+
+def split(params: Any, rules: Rules = TRANSFORMER) -> Any:
+  """Parameters that every device has whole, laid out by the table; in a function of `mesh.jit`."""
+
+  def own(path: tuple, x: jax.Array) -> jax.Array:
+    spec = next(spec for pattern, spec in rules if re.search(pattern, path_name(path)))
+    return _lay_out(x, P(*(None,) * (x.ndim - len(spec)), *spec))
+
+  return jax.tree_util.tree_map_with_path(own, params)
 
 
 def replicate(tree: Any) -> Any:
@@ -115,7 +150,7 @@ def own_rows_and_heads(function: Callable, rows: int, heads: int) -> Callable:
   axes = jax.sharding.get_abstract_mesh().shape
   if not axes:
     return function
-  whole_spec = next(spec for pattern, spec in ACTIVATIONS if re.search(pattern, "heads"))
+  whole_spec = _here(next(spec for pattern, spec in ACTIVATIONS if re.search(pattern, "heads")))
   names = (whole_spec[0], rows), (whole_spec[2], heads)
   row, head = (name if size % _devices(name, axes) == 0 else None for name, size in names)
 
@@ -154,14 +189,50 @@ def sum_over_rows(function: Callable, rows: int) -> Callable:
 def row_shards(rows: int) -> int:
   """Over how many devices a batch of so many rows is split, in a function of `mesh.jit`."""
   axes = jax.sharding.get_abstract_mesh().shape
-  devices = _devices(mesh_lib.BATCH[0], axes) if axes else 1
+  devices = _devices(_here(mesh_lib.BATCH)[0], axes) if axes else 1
   return devices if rows % devices == 0 else 1
 
 
-def splits_parameters() -> bool:
-  """Whether devices have parts of the parameters only, in a function of `mesh.jit`."""
+def gathers_parameters() -> bool:
+  """Whether devices get parameters from each other to compute with, in a function of `mesh.jit`."""
   axes = jax.sharding.get_abstract_mesh().shape
-  return any(axes[name] > 1 for name in ("fsdp", "tensor")) if axes else False
+  return bool(axes) and axes["fsdp"] > 1
+
+
+def tensor_devices() -> int:
+  """Over how many devices heads, feed-forward width and vocabulary are split, in `mesh.jit`."""
+  axes = jax.sharding.get_abstract_mesh().shape
+  return _devices(_here(P("tensor"))[0], axes) if axes else 1
+
+
+def own_part(function: Callable, axis: int, out_axis: int) -> Callable:
+  """`function(array)` on each device's part alone, of an axis that `tensor` splits, in `mesh.jit`.
+
+  The results are the parts, along `out_axis`, of one array. An axis that does not divide is whole.
+  """
+
+  def of_parts(x: jax.Array) -> jax.Array:
+    if not jax.sharding.get_abstract_mesh().shape or x.shape[axis] % tensor_devices():
+      return function(x)
+    along = lambda i: _here(P(*(None,) * i, "tensor"))
+    specs = {"in_specs": along(axis), "out_specs": along(out_axis)}
+    return jax.shard_map(function, **specs, check_vma=False)(x)
+
+  return of_parts
+
+
+def _lay_out(x: jax.Array, spec: P) -> jax.Array:
+  """`x` by as many of each axis's names, from the first on, as divide its size."""
+  axes = jax.sharding.get_abstract_mesh().shape
+  if not axes:
+    return x
+
+  def fit(names, size: int) -> tuple[str, ...]:
+    names = (names,) if isinstance(names, str) else names or ()
+    counts = range(len(names), -1, -1)
+    return names[: next(n for n in counts if size % _devices(names[:n], axes) == 0)]
+
+  return jax.lax.with_sharding_constraint(x, P(*map(fit, _here(spec), x.shape)))
 
 
 def _devices(names: str | tuple[str, ...] | None, axes: Mapping[str, int]) -> int:
