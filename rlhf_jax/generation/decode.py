@@ -83,6 +83,7 @@ def generate(
     logits = policy.apply(variables(hidden.shape[0]), hidden, method="logits")
     tokens, logprobs = sampling.sample(logits, drawn, config)
     completion = _append(state.completion, state.step, tokens, logprobs, stops, pad_id)
+    completion = rules.constrain(completion, "rows")
     look = lambda: compact.needed(completion.finished, shards)
     needed = jax.lax.cond(state.step % LOOK_EVERY == 0, look, lambda: state.needed)
     return state.replace(step=state.step + 1, needed=needed, cache=cache, completion=completion)
@@ -186,9 +187,10 @@ def _finish(
 
 def _shrink(state: DecodeState, size: int, shards: int) -> DecodeState:
   """The state with `size` rows, those that are open among them."""
-  kept = compact.still_open(state.completion.finished, size, shards)
-  take = lambda x: rules.constrain(compact.take(x, kept), "rows")
-  own = jnp.take_along_axis(state.rows, kept, axis=1)
+  by_rows = lambda x: rules.constrain(x, "rows")
+  kept = by_rows(compact.still_open(state.completion.finished, size, shards))
+  take = lambda x: by_rows(compact.take(x, kept))
+  own = by_rows(jnp.take_along_axis(state.rows, kept, axis=1))
   return state.replace(
     rows=own,
     prompt_lengths=take(state.prompt_lengths),
