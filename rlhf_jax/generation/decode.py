@@ -22,7 +22,7 @@ from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
 from rlhf_jax.types import Params, PromptBatch
 
-# Columns from one look at whether all rows have ended to the next: devices meet to look.
+# Columns from one look at whether all rows have ended to the next, where devices meet to look.
 LOOK_EVERY = 4
 
 
@@ -85,7 +85,8 @@ def generate(
     completion = _append(state.completion, state.step, tokens, logprobs, stops, pad_id)
     completion = rules.constrain(completion, "rows")
     look = lambda: compact.needed(completion.finished, shards)
-    needed = jax.lax.cond(state.step % LOOK_EVERY == 0, look, lambda: state.needed)
+    looks = state.step % (1 if shards == 1 else LOOK_EVERY) == 0
+    needed = jax.lax.cond(looks, look, lambda: state.needed)
     return state.replace(step=state.step + 1, needed=needed, cache=cache, completion=completion)
 
   def body(state: DecodeState) -> DecodeState:
