@@ -83,10 +83,7 @@ def generate(
     logits = policy.apply(variables(hidden.shape[0]), hidden, method="logits")
     tokens, logprobs = sampling.sample(logits, drawn, config)
     completion = _append(state.completion, state.step, tokens, logprobs, stops, pad_id)
-    completion = rules.constrain(completion, "rows")
-    look = lambda: compact.needed(completion.finished, shards)
-    looks = state.step % (1 if shards == 1 else LOOK_EVERY) == 0
-    needed = jax.lax.cond(looks, look, lambda: state.needed)
+    needed = _look(state, completion.finished, shards)
     return state.replace(step=state.step + 1, needed=needed, cache=cache, completion=completion)
 
   def body(state: DecodeState) -> DecodeState:
@@ -207,14 +204,22 @@ def _blank(rows: int, R: int, pad_id: int) -> Completion:
   return Completion(tokens, mask=zeros(rows, R), logprobs=zeros(rows, R), finished=zeros(rows))
 
 
+def _look(state: DecodeState, finished: jax.Array, shards: int) -> jax.Array:
+  """The rows that the loop needs: by now if it is time to look, else when last looked at."""
+  every = 1 if shards == 1 else LOOK_EVERY
+  look = lambda: compact.needed(finished, shards)
+  return jax.lax.cond(state.step % every == 0, look, lambda: state.needed)
+
+
 def _append(completion, step, tokens, logprobs, stops, pad_id) -> Completion:
   """Writes column `step` of rows that are still open, and closes those that drew a stop token."""
   is_open = completion.finished == 0
   ends = stops.end(tokens, step)
   put = lambda array, column: array.at[:, step].set(column)
-  return Completion(
+  appended = Completion(
     tokens=put(completion.tokens, jnp.where(is_open, tokens, pad_id)),
     mask=put(completion.mask, is_open.astype(jnp.float32)),
     logprobs=put(completion.logprobs, jnp.where(is_open, logprobs, 0.0)),
     finished=jnp.where(is_open, ends.astype(jnp.float32), completion.finished),
   )
+  return rules.constrain(appended, "rows")
