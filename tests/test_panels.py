@@ -145,6 +145,7 @@ def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
     ((1, 1, 2), 8, {}, False),  # a group already
     ((1, 2, 1), 8, {}, False),
     ((2, 1, 1), 8, {"vocab_size": 201}, False),  # does not divide
+    ((2, 1, 1), 8, {"n_heads": 3, "n_kv_heads": 3}, False),
     ((2, 1, 1), 8, {"compute__panels": "never"}, False),
     ((2, 1, 1), 8, {"compute__panels": "always"}, False),
   ],

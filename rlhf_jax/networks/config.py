@@ -82,7 +82,6 @@ class ModelConfig:
     whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1 < mesh.size
     if not whole or mesh.is_multi_process or jax.default_backend() != "cpu":
       return False
-    columns = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-    columns += self.d_ff, self.vocab_size
-    fits = all(count % mesh.size == 0 for count in columns)
-    return fits and self.compute.panels == "auto" and 1 < rows <= panels.GROUP_ROWS
+    shared = self.n_heads, self.n_kv_heads, self.d_ff, self.vocab_size
+    divides = all(count % mesh.size == 0 for count in shared)
+    return divides and self.compute.panels == "auto" and 1 < rows <= panels.GROUP_ROWS
