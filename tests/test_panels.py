@@ -1,12 +1,14 @@
 """Products by panels are the plain ones."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.generation import decode
 from rlhf_jax.generation.sampling import Stops
@@ -185,3 +187,28 @@ def test_a_group_answers_one_prompt_several_times():
   expected = jax.jit(functools.partial(decode.generate, policy, **how))(params, prompt, key)
   np.testing.assert_array_equal(got.tokens, expected.tokens)
   np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_a_group_exchanges_no_more_than_it_must():
+  """In the loop: two sums a layer and the embedding's, the logits once, and what was drawn."""
+  mesh, config = tiny.mesh((2, 1, 1)), tiny.MODEL
+  sampling = tiny.changed(tiny.SAMPLING, max_new_tokens=6, cache_sizes=1, compact_to=(0.5,))
+  how = {"config": sampling, "stops": Stops(tuple(range(1, 9))), "pad_id": tiny.PAD}
+  shapes = jax.eval_shape(lambda: (tiny.params(tiny.POLICY, 0), tiny.mixed_prompts(B, P, 0)))
+  place = lambda tree, spec: jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree
+  )
+  program = decode.compiled(tiny.POLICY, mesh, B, **how).lower(
+    place(shapes[0], PartitionSpec()), place(shapes[1], mesh_lib.BATCH), jax.random.key(0)
+  )
+  loops = {}  # exchanges of each computation that says of itself to be of a loop's body
+  for line in program.compile().as_text().splitlines():
+    kind = re.search(r" (all-reduce|all-gather|all-to-all|collective-permute)(-start)?\(", line)
+    if kind and "while/body" in line:
+      where = line.split('op_name="')[1].split("while/body")[0]
+      loops.setdefault(where, []).append(kind[1])
+  assert len(loops) == 2  # of eight rows, and of four
+  for found in loops.values():
+    assert found.count("all-reduce") == 2 * config.n_layers + 1
+    assert found.count("all-to-all") == 1 and found.count("all-gather") == 2
+    assert found.count("collective-permute") == 0

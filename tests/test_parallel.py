@@ -244,3 +244,13 @@ def test_a_checkpoint_of_one_mesh_restores_onto_another_bit_for_bit(axes, tmp_pa
   assert tiny.digest(restored) == tiny.digest(saved)
   for array, sharding in zip(*map(jax.tree.leaves, (restored, rules.partition(saved, mesh)))):
     assert array.sharding.is_equivalent_to(sharding, array.ndim)
+
+
+@pytest.mark.parametrize(
+  ("rows", "expected"), [(8, ("data", "fsdp")), (2, "data"), (6, "data"), (3, None), (1, None)]
+)
+def test_an_axis_is_split_over_as_many_devices_as_divide_it(rows, expected):
+  mesh = mesh_lib.make(MeshConfig(2, 2, 2))
+  lay_out = mesh_lib.jit(lambda x: rules.constrain(x, "rows"), mesh)
+  sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(expected))
+  assert lay_out(jnp.zeros((rows, 3))).sharding.is_equivalent_to(sharding, 2)

@@ -47,12 +47,11 @@ def finish(process):
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-  """`command(workdir)`: the arguments of a run."""
+  """`command(workdir, **changes)`: the arguments of a run."""
   data = tmp_path_factory.mktemp("data")
-  # Several processes never decode in one group, so for equal bits one process must not either.
-  changes = {"model__compute__panels": "always", "ppo__ema_decay": 0.9}
-  return lambda workdir: runs.arguments(
-    data, workdir, ppo__offload=("judges", "optimizers"), **changes
+  offload = ("judges", "optimizers")
+  return lambda workdir, **changes: runs.arguments(
+    data, workdir, ppo__ema_decay=0.9, ppo__offload=offload, **changes
   )
 
 
@@ -64,8 +63,8 @@ def undisturbed(command, tmp_path_factory):
   return runs.results(workdir), lines_written(workdir)
 
 
-def assert_ends_alike(workdir, undisturbed):
-  expected, found = undisturbed[0], runs.results(workdir)
+def assert_ends_alike(workdir, expected):
+  found = runs.results(workdir)
   assert found.keys() == expected.keys() and len(expected) >= 15
   assert not [name for name in expected if found[name] != expected[name]]
 
@@ -82,7 +81,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_an_undisturbed_one(
   for lines, pause in moments:
     assert end_after(runs.start("chatgpt", *command(tmp_path)), tmp_path, lines, pause) is not None
   finish(runs.start("chatgpt", *command(tmp_path)))
-  assert_ends_alike(tmp_path, undisturbed)
+  assert_ends_alike(tmp_path, undisturbed[0])
 
 
 @pytest.mark.slow
@@ -97,23 +96,28 @@ def test_a_run_told_to_end_saves_asks_to_be_started_again_and_goes_on(
   assert (tmp_path / "sft/checkpoints" / str(step)).is_dir()
   assert len((tmp_path / "sft/metrics.jsonl").read_text().splitlines()) == step
   finish(runs.start("chatgpt", *command(tmp_path)))
-  assert_ends_alike(tmp_path, undisturbed)
+  assert_ends_alike(tmp_path, undisturbed[0])
 
 
 @pytest.mark.matrix
 @pytest.mark.conformance("B24", "B25")
-def test_two_processes_of_which_one_is_killed_go_on_and_end_as_one_process_does(
-  command, undisturbed, tmp_path
-):
+def test_two_processes_of_which_one_is_killed_go_on_and_end_as_one_process_does(command, tmp_path):
+  # Several processes never decode in one group, so for equal bits one must not either.
+  alike, alone = {"model__compute__panels": "always"}, tmp_path / "alone"
+  workdir = tmp_path / "together"
+
   def start():
     port = runs.free_port()
     several = lambda i: (f"--coordinator=localhost:{port}", "--processes=2", f"--process={i}")
-    return [runs.start("chatgpt", *command(tmp_path), *several(i), devices=1) for i in range(2)]
+    return [
+      runs.start("chatgpt", *command(workdir, **alike), *several(i), devices=1) for i in range(2)
+    ]
 
   first, second = start()
-  assert end_after(second, tmp_path, 3, 0.0) is not None
+  assert end_after(second, workdir, 3, 0.0) is not None
   _, said = first.communicate(timeout=PATIENCE)
   assert first.returncode == launch.REQUEUE and "another process of this run has died" in said
   for process in start():
     finish(process)
-  assert_ends_alike(tmp_path, undisturbed)
+  finish(runs.start("chatgpt", *command(alone, **alike)))
+  assert_ends_alike(workdir, runs.results(alone))

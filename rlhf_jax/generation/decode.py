@@ -83,6 +83,7 @@ def generate(
     logits = policy.apply(variables(hidden.shape[0]), hidden, method="logits")
     tokens, logprobs = sampling.sample(logits, drawn, config)
     completion = _append(state.completion, state.step, tokens, logprobs, stops, pad_id)
+    completion = rules.constrain(completion, "rows")
     needed = _look(state, completion.finished, shards)
     return state.replace(step=state.step + 1, needed=needed, cache=cache, completion=completion)
 
@@ -185,10 +186,9 @@ def _finish(
 
 def _shrink(state: DecodeState, size: int, shards: int) -> DecodeState:
   """The state with `size` rows, those that are open among them."""
-  by_rows = lambda x: rules.constrain(x, "rows")
-  kept = by_rows(compact.still_open(state.completion.finished, size, shards))
-  take = lambda x: by_rows(compact.take(x, kept))
-  own = by_rows(jnp.take_along_axis(state.rows, kept, axis=1))
+  kept = rules.constrain(compact.still_open(state.completion.finished, size, shards), "rows")
+  take = lambda x: rules.constrain(compact.take(x, kept), "rows")
+  own = rules.constrain(jnp.take_along_axis(state.rows, kept, axis=1), "rows")
   return state.replace(
     rows=own,
     prompt_lengths=take(state.prompt_lengths),
@@ -216,10 +216,9 @@ def _append(completion, step, tokens, logprobs, stops, pad_id) -> Completion:
   is_open = completion.finished == 0
   ends = stops.end(tokens, step)
   put = lambda array, column: array.at[:, step].set(column)
-  appended = Completion(
+  return Completion(
     tokens=put(completion.tokens, jnp.where(is_open, tokens, pad_id)),
     mask=put(completion.mask, is_open.astype(jnp.float32)),
     logprobs=put(completion.logprobs, jnp.where(is_open, logprobs, 0.0)),
     finished=jnp.where(is_open, ends.astype(jnp.float32), completion.finished),
   )
-  return rules.constrain(appended, "rows")

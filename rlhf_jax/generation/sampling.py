@@ -124,20 +124,20 @@ def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
   return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
 
 
-def _by_rows(sampler: Callable) -> Callable:
+def _split_by_rows(sampler: Callable) -> Callable:
   """A sampler of logits [B, V] for which devices that share a vocabulary split the rows instead.
 
   They exchange the logits once, where each step of a draw from a split row would be an exchange.
   """
 
   @functools.wraps(sampler)
-  def split(logits: jax.Array, *how):
+  def sample(logits: jax.Array, *how):
     return constrain(sampler(constrain(logits, "drawn from"), *how), "rows")
 
-  return split
+  return sample
 
 
-@_by_rows
+@_split_by_rows
 def sample(logits: jax.Array, uniforms: jax.Array, config: SamplingConfig):
   """Draws one token a row from logits [B, V]; returns ids [B] and their log-probabilities [B].
 
@@ -157,7 +157,7 @@ class Draws:
   top_p: jax.Array  # [B] float32, 1 keeps all
 
 
-@_by_rows
+@_split_by_rows
 def sample_each(logits: jax.Array, uniforms: jax.Array, draws: Draws):
   """`sample`, where every row has a temperature and a nucleus of its own."""
   greedy, cuts = draws.temperature == 0, draws.top_p < 1.0

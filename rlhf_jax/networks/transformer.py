@@ -72,8 +72,7 @@ class KVCache:
     alone = lambda x: x[0] if x.ndim == 4 and x.shape[0] == 1 else x
     of_layers = lambda layers: jax.tree.map(lambda x: alone(rows(_in_rows(x), -4)), layers)
     keys, values = of_layers(self.keys), of_layers(self.values)
-    segments = constrain(rows(self.segments, 0), "rows")
-    return self.replace(keys=keys, values=values, segments=segments)
+    return self.replace(keys=keys, values=values, segments=rows(self.segments, 0))
 
   def put(self, rows: jax.Array, other: "KVCache", segments: jax.Array, end: int) -> "KVCache":
     """With the W columns of the n rows of `other` in those before `end` of `rows` [n].

@@ -64,9 +64,8 @@ def _here(spec: P) -> P:
   """The spec with the axes that it means here."""
   if not _in_one_group.get():
     return spec
-  own = {"data": (), "fsdp": (), "tensor": ("data",)}
-  whole = lambda names: (names,) if isinstance(names, str) else names or ()
-  return P(*(sum((own[name] for name in whole(names)), ()) for names in spec))
+  here = {"data": (), "fsdp": (), "tensor": ("data",)}
+  return P(*(sum((here[name] for name in _names(entry)), ()) for entry in spec))
 
 
 def table(rows: Iterable[Row]) -> Rules:
@@ -227,17 +226,22 @@ def _lay_out(x: jax.Array, spec: P) -> jax.Array:
   if not axes:
     return x
 
-  def fit(names, size: int) -> tuple[str, ...]:
-    names = (names,) if isinstance(names, str) else names or ()
+  def fit(entry, size: int) -> tuple[str, ...]:
+    names = _names(entry)
     counts = range(len(names), -1, -1)
     return names[: next(n for n in counts if size % _devices(names[:n], axes) == 0)]
 
   return jax.lax.with_sharding_constraint(x, P(*map(fit, _here(spec), x.shape)))
 
 
-def _devices(names: str | tuple[str, ...] | None, axes: Mapping[str, int]) -> int:
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """The mesh axes that one axis of an array is split over, of an entry of a spec."""
+  return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def _devices(entry: str | tuple[str, ...] | None, axes: Mapping[str, int]) -> int:
   """Over how many devices one axis of an array is split."""
-  return math.prod(axes[name] for name in ((names,) if isinstance(names, str) else names or ()))
+  return math.prod(axes[name] for name in _names(entry))
 
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
