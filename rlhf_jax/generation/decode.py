@@ -1,8 +1,8 @@
 """Decoding as one compiled function: prefill, then a while_loop with a key-value cache.
 
-With several `config.cache_sizes` one loop follows the other, each with a larger cache; and where
-`config.compact_to` names smaller batches, rows that have ended are then left behind (`compact.py`).
-The tokens drawn are the same.
+With several `config.cache_sizes` the cache is in parts, and loop follows loop, each reading one
+part more. Where `config.compact_to` names smaller batches, rows that have ended are left behind
+(`compact.py`), and there are as many loops for each of these. The tokens drawn are the same.
 """
 
 import functools
@@ -44,14 +44,44 @@ class DecodeState:
   needed: jax.Array  # [] int32, the rows that the loop needed when last looked at; 0 ends it
   rows: jax.Array  # [shards, b / shards] int32, which of a device's rows each of the loop's is
   prompt_lengths: jax.Array  # [b] int32
-  cache: KVCache  # of the prompt and all response columns but the last
+  caches: tuple[KVCache, ...]  # of the prompt and the first response columns, then of the others
   completion: Completion  # of b rows
 
 
+@flax.struct.dataclass
+class Prefilled:
+  """B prompts that have been read."""
+
+  hidden: jax.Array  # [B, D] in the compute dtype, of their last tokens
+  lengths: jax.Array  # [B] int32
+  cache: KVCache  # of their P columns
+
+
 def generate(
+  policy: heads.Policy, params: Params, prompts: PromptBatch, key: jax.Array, **settings
+) -> Completion:
+  """Samples responses to prompts; pure and jittable, no token returns to Python.
+
+  Each prompt is read once. `settings` are those of `complete`.
+  """
+  return complete(policy, params, prefill(policy, params, prompts), key, **settings)
+
+
+def prefill(policy: heads.Policy, params: Params, prompts: PromptBatch) -> Prefilled:
+  """Reads the prompts, all columns at once."""
+  chex.assert_equal_shape([prompts.tokens, prompts.mask])
+  B, P = prompts.tokens.shape
+  positions, segments = heads.layout(prompts.mask)
+  blank, last = KVCache.empty(policy.config, B, P), (P - 1, P)
+  inputs = prompts.tokens, positions, segments, blank
+  hidden, cache = policy.apply({"params": params}, *inputs, method="hidden", columns=last)
+  return Prefilled(hidden[:, 0], jnp.sum(segments, axis=1), cache)
+
+
+def complete(
   policy: heads.Policy,
   params: Params,
-  prompts: PromptBatch,
+  prefilled: Prefilled,
   key: jax.Array,
   *,
   config: sampling.SamplingConfig,
@@ -59,25 +89,20 @@ def generate(
   pad_id: int,
   samples: int = 1,
 ) -> Completion:
-  """Samples `samples` responses to each prompt; pure and jittable, no token returns to Python.
+  """Samples `samples` responses to each prompt.
 
-  Response k to prompt b is row b * samples + k; each prompt is read once. The loop ends early when
-  every row has been ended by one of `stops`, up to `LOOK_EVERY` - 1 columns later. Step t draws
-  with fold_in(key, t), so rows do not depend on when their neighbours end, nor on the mesh.
+  Response k to prompt b is row b * samples + k. The loop ends early when every row has been ended
+  by one of `stops`, up to `LOOK_EVERY` - 1 columns later. Step t draws with fold_in(key, t), so
+  rows do not depend on when their neighbours end, nor on the mesh.
   """
-  chex.assert_equal_shape([prompts.tokens, prompts.mask])
-  B, P = prompts.tokens.shape
-  R, rows = config.max_new_tokens, B * samples
+  R, rows = config.max_new_tokens, len(prefilled.lengths) * samples
   shards = rules.row_shards(rows)
-  positions, segments = heads.layout(prompts.mask)
   sizes = compact.sizes(rows, config.compact_to, shards)
   variables = _by_rows(policy, params, sizes)
   uniforms, columns = _chance(key, R, rows), cache_columns(R, config.cache_sizes)
-  blank_cache = KVCache.empty(policy.config, B, P + columns[0])
-  read = functools.partial(policy.apply, {"params": params}, method="hidden")
-  hidden, cache = read(prompts.tokens, positions, segments, blank_cache, columns=(P - 1, P))
+  each = functools.partial(jnp.repeat, repeats=samples, axis=0)
 
-  def extend(state: DecodeState, hidden: jax.Array, cache: KVCache) -> DecodeState:
+  def extend(state: DecodeState, hidden: jax.Array) -> DecodeState:
     """Draws column `state.step` from the hidden state [b, D] of the column before."""
     drawn = compact.take(uniforms[state.step], state.rows)
     logits = policy.apply(variables(hidden.shape[0]), hidden, method="logits")
@@ -85,29 +110,29 @@ def generate(
     completion = _append(state.completion, state.step, tokens, logprobs, stops, pad_id)
     completion = rules.constrain(completion, "rows")
     needed = _look(state, completion.finished, shards)
-    return state.replace(step=state.step + 1, needed=needed, cache=cache, completion=completion)
+    return state.replace(step=state.step + 1, needed=needed, completion=completion)
 
-  def body(state: DecodeState) -> DecodeState:
+  def body(part: int, state: DecodeState) -> DecodeState:
+    """A step whose column is in cache `part`; those after it hold nothing yet."""
+    *before, cache = state.caches[: part + 1]
     last = jax.lax.dynamic_slice_in_dim(state.completion.tokens, state.step - 1, 1, axis=1)
     position = (state.prompt_lengths + state.step - 1)[:, None]
-    inputs = last, position, jnp.ones_like(position), state.cache
-    hidden, cache = policy.apply(variables(last.shape[0]), *inputs, method="hidden")
-    return extend(state, hidden[:, 0], cache)
+    inputs = last, position, jnp.ones_like(position), cache.replace(before=tuple(before))
+    hidden, cache = policy.apply(variables(len(last)), *inputs, method="hidden")
+    caches = *before, cache.replace(before=()), *state.caches[part + 1 :]
+    return extend(state.replace(caches=caches), hidden[:, 0])
 
   blank = _blank(rows, R, pad_id)
   start = DecodeState(
     step=jnp.int32(0),
     needed=jnp.int32(rows),
     rows=compact.every_row(rows, shards),
-    prompt_lengths=jnp.repeat(jnp.sum(segments, axis=1), samples),
-    cache=cache.repeat(samples),
+    prompt_lengths=each(prefilled.lengths),
+    caches=_in_parts(policy, prefilled.cache, columns, samples),
     completion=blank,
   )
-  state = extend(start, jnp.repeat(hidden[:, 0], samples, axis=0), start.cache)
-  for held, larger in zip(columns, columns[1:]):
-    state = _fill(state, body, held, sizes[1:])
-    state = state.replace(cache=state.cache.grow(P + larger))
-  return _finish(state, blank, body, sizes[1:])
+  state = extend(start, each(prefilled.hidden))
+  return _finish(state, blank, body, columns, sizes[1:])
 
 
 def compiled(
@@ -151,36 +176,39 @@ def _chance(key: jax.Array, R: int, rows: int) -> jax.Array:
 
 
 def cache_columns(R: int, sizes: int) -> tuple[int, ...]:
-  """Response columns that a cache has room for, size after size; the last has all R."""
+  """Response columns that the first caches have room for, one, two and so on; the last, all R."""
   return tuple(sorted({math.ceil(R * number / sizes) for number in range(1, sizes + 1)}))
 
 
-def _fill(state: DecodeState, body, held: int, sizes: tuple[int, ...]) -> DecodeState:
-  """`state` when its cache has all `held` response columns, or fewer rows go on."""
-  # Step t writes the column of the token before it, t - 1.
-  more = lambda state: (state.step <= held) & _needs_all(state, sizes)
-  return jax.lax.while_loop(more, body, state)
-
-
-def _needs_all(state: DecodeState, sizes: tuple[int, ...]) -> jax.Array:
-  """Whether more rows are open than the next smaller batch, or none, has room for."""
-  return state.needed > (sizes[0] if sizes else 0)
+def _in_parts(
+  policy: heads.Policy, cache: KVCache, columns: tuple[int, ...], samples: int
+) -> tuple[KVCache, ...]:
+  """The cache of prompts for their responses: with room for the first columns, then of the others."""
+  length, rows = cache.segments.shape[1] + columns[0], len(cache.segments) * samples
+  widths = [larger - held for held, larger in zip(columns, columns[1:])]
+  later = [KVCache.empty(policy.config, rows, width) for width in widths]
+  return cache.grow(length).repeat(samples), *later
 
 
 def _finish(
   state: DecodeState,
   done: Completion,
-  body: Callable[[DecodeState], DecodeState],
+  body: Callable[[int, DecodeState], DecodeState],
+  columns: tuple[int, ...],
   sizes: tuple[int, ...],
 ) -> Completion:
   """`done` with the rows of `state` written to their ends, in batches that shrink to `sizes`."""
   R, shards = done.tokens.shape[1], state.rows.shape[0]
-  more = lambda state: (state.step < R) & _needs_all(state, sizes)
-  state = jax.lax.while_loop(more, body, state)
+  fewest = sizes[0] if sizes else 0  # with no more open rows, the next smaller batch has room
+  for part, held in enumerate(columns):
+    # Step t writes the column of the token before it, t - 1.
+    end = min(held + 1, R)
+    more = lambda state, end=end: (state.step < end) & (state.needed > fewest)
+    state = jax.lax.while_loop(more, functools.partial(body, part), state)
   done = jax.tree.map(lambda x, new: compact.put(x, state.rows, new), done, state.completion)
   if not sizes:
     return done
-  rest = lambda: _finish(_shrink(state, sizes[0], shards), done, body, sizes[1:])
+  rest = lambda: _finish(_shrink(state, sizes[0], shards), done, body, columns, sizes[1:])
   return jax.lax.cond((state.step < R) & (state.needed > 0), rest, lambda: done)
 
 
@@ -192,7 +220,9 @@ def _shrink(state: DecodeState, size: int, shards: int) -> DecodeState:
   return state.replace(
     rows=own,
     prompt_lengths=take(state.prompt_lengths),
-    cache=state.cache.select(lambda x, axis: compact.take(x, kept, axis)),
+    caches=tuple(
+      cache.select(lambda x, axis: compact.take(x, kept, axis)) for cache in state.caches
+    ),
     completion=jax.tree.map(take, state.completion),
   )
 

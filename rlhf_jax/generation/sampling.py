@@ -51,8 +51,8 @@ class SamplingConfig:
   # Shares of the batch that decoding goes on in when no more rows than that are open; each size is
   # compiled apart. They change no token; () keeps all rows together.
   compact_to: tuple[Annotated[float, Range(low=0.0, high=1.0, closed="neither")], ...]
-  # Sizes that the key-value cache goes through as it fills, each compiled apart, for every token
-  # attends over all columns there are. They change no token; 1: room for all from the start.
+  # Parts of the key-value cache, each with a loop of its own: a token attends over all columns of
+  # those that have been begun. They change no token.
   cache_sizes: PositiveInt
 
   def __post_init__(self):

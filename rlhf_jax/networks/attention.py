@@ -1,7 +1,11 @@
 """Attention as functions: rotary positions, who sees whom, and the softmax."""
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MASKED = -1e30  # finite, so that a row of padding yields finite (unused) numbers and gradients
 
@@ -55,20 +59,34 @@ def attention_mask(
   return causal[None, :, :] & same & (keys > 0)[:, None, :]
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  mask: jax.Array,
+  before: Sequence[tuple[jax.Array, jax.Array]] = (),
+) -> jax.Array:
   """Softmax attention (Vaswani et al. 2017, eq. 1) with grouped key-value heads.
 
   query [B, T, N, H]; key, value [B, G, S, H], or [G, S, H] of one row; mask [B, T, S]. Returns
-  [B, T, N, H]. The softmax is in float32 whatever the compute dtype.
+  [B, T, N, H]. The softmax is in float32 whatever the compute dtype. Pairs of keys and values
+  `before` these, with columns of their own, are the first of the columns of the mask.
   """
   B, T, N, H = query.shape
-  *lead, G, S, _ = key.shape
+  *lead, G, _, _ = key.shape
+  keys, values = zip(*before, (key, value))
   M = N // G
   # The queries of a group as rows of one matrix: of more axes XLA makes slower products.
   rows = query.reshape(B, T, G, M, H).transpose(0, 2, 3, 1, 4) * (H**-0.5)
   rows = rows.reshape(*lead, G, M * T, H)
-  scores = jnp.einsum("...gqh,...gsh->...gqs", rows, key, preferred_element_type=jnp.float32)
-  scores = jnp.where(mask[:, None, None], scores.reshape(B, G, M, T, S), MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(*lead, G, M * T, S)
-  mixed = jnp.einsum("...gqs,...gsh->...gqh", weights, value)
+  score = functools.partial(jnp.einsum, "...gqh,...gsh->...gqs", preferred_element_type=jnp.float32)
+  scores = jnp.concatenate([score(rows, key) for key in keys], axis=-1)
+  scores = jnp.where(mask[:, None, None], scores.reshape(B, G, M, T, -1), MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(*lead, G, M * T, -1)
+  ends = np.cumsum([key.shape[-2] for key in keys])[:-1]
+  # Sums over several pairs are rounded once, as those over one are.
+  exact = jnp.float32 if before else value.dtype
+  mix = functools.partial(jnp.einsum, "...gqs,...gsh->...gqh", preferred_element_type=exact)
+  parts = map(mix, jnp.split(weights, ends, axis=-1), values)
+  mixed = functools.reduce(jnp.add, parts).astype(value.dtype)
   return mixed.reshape(B, G, M, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -38,6 +38,7 @@ class KVCache:
   values: Any  # L x [B, G, S, H], of one row [G, S, H]
   segments: jax.Array  # [B, S] int32
   index: jax.Array  # [] int32, the column that the next token goes to
+  before: tuple["KVCache", ...] = ()  # of the columns before these; they are read and not written
 
   @classmethod
   def empty(cls, config: ModelConfig, batch: int, length: int) -> "KVCache":
@@ -128,8 +129,9 @@ class Attention(nn.Module):
     query, key, value = panels.together(layers, (pick(x), x, x))
     query = rotate(query, *map(pick, angles))
     key, value = rotate(key, *angles).swapaxes(1, 2), value.swapaxes(1, 2)
+    before = ()
     if layer_cache is not None:
-      keys, values = layer_cache
+      *before, (keys, values) = layer_cache
       write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=-2)
       key = write(keys, _as_cached(key, keys.ndim))
       value = write(values, _as_cached(value, values.ndim))
@@ -140,7 +142,7 @@ class Attention(nn.Module):
     if whole_rows and c.compute.in_blocks:
       mixed = blocked.attend(query, key, value, pick(mask), span[0] if span else 0)
     else:
-      mixed = attention.attend(query, key, value, pick(mask))
+      mixed = attention.attend(query, key, value, pick(mask), before)
     mixed = constrain(mixed, "heads")
     out = _linear(c, c.d_model, "out", c.n_layers, axis=(-2, -1))(mixed)
     return out, (None if layer_cache is None else (key, value))
@@ -234,12 +236,14 @@ class Transformer(nn.Module):
     if cache is not None:
       written = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.index, axis=1)
       cache = cache.replace(segments=written)
-    keys, start = (segments, 0) if cache is None else (cache.segments, cache.index)
+    caches = () if cache is None else (*cache.before, cache)
+    keys = jnp.concatenate([c.segments for c in caches], axis=1) if caches else segments
+    start = sum(c.segments.shape[1] for c in cache.before) + cache.index if caches else 0
     mask = attention_mask(segments, keys, start, branches)
     angles = rotary(positions, self.config.head_dim, self.config.rope_base)
     x = inputs if first_block else self._embed(inputs)
     blocks = (first_block, self.config.n_layers)
-    x, keys_values = self._layers(x, cache, mask, angles, blocks, columns)
+    x, keys_values = self._layers(x, caches, mask, angles, blocks, columns)
     if cache is not None:
       keys, values = keys_values
       cache = cache.replace(keys=keys, values=values, index=cache.index + segments.shape[1])
@@ -249,23 +253,23 @@ class Transformer(nn.Module):
     """The stream [B, T, D] after the first `blocks` blocks, to share between networks."""
     angles = rotary(positions, self.config.head_dim, self.config.rope_base)
     mask = attention_mask(segments, segments, 0)
-    return self._layers(self._embed(tokens), None, mask, angles, (0, blocks), None)[0]
+    return self._layers(self._embed(tokens), (), mask, angles, (0, blocks), None)[0]
 
-  def _layers(self, x, cache, mask, angles, blocks, columns):
-    """The blocks from one to another; returns the stream and their updated keys and values."""
-    index = None if cache is None else cache.index
+  def _layers(self, x, caches, mask, angles, blocks, columns):
+    """The blocks from one to another; returns the stream, and keys and values of the last cache."""
+    index = caches[-1].index if caches else None
+    of_caches = lambda pick: tuple((pick(c.keys), pick(c.values)) for c in caches) or None
     picked, span = (None, columns) if isinstance(columns, tuple) else (columns, None)
     if self.config.compute.scan_layers:
-      layer_caches = None if cache is None else (cache.keys, cache.values)
-      x, updated = self.blocks(x, layer_caches, index, mask, angles)
+      x, updated = self.blocks(x, of_caches(lambda layers: layers), index, mask, angles)
       return _pick(x, picked, span), updated
     updated = []
     for i in range(*blocks):
-      layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
+      layer_cache = of_caches(lambda layers, i=i: layers[i])
       last = (picked, span) if i == blocks[1] - 1 else (None, None)
       x, layer_cache = self.blocks[i](x, layer_cache, index, mask, angles, *last)
       updated.append(layer_cache)
-    return x, None if cache is None else tuple(zip(*updated))
+    return x, tuple(zip(*updated)) if caches else None
 
   def attend_to_vocabulary(self, hidden):
     """Logits by the transposed embedding, for tied heads. [..., D] to [..., V]."""
