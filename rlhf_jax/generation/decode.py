@@ -183,7 +183,7 @@ def cache_columns(R: int, sizes: int) -> tuple[int, ...]:
 def _in_parts(
   policy: heads.Policy, cache: KVCache, columns: tuple[int, ...], samples: int
 ) -> tuple[KVCache, ...]:
-  """The cache of prompts for their responses: with room for the first columns, then of the others."""
+  """A cache of prompts, for responses: with room for their first columns, then of the others."""
   length, rows = cache.segments.shape[1] + columns[0], len(cache.segments) * samples
   widths = [larger - held for held, larger in zip(columns, columns[1:])]
   later = [KVCache.empty(policy.config, rows, width) for width in widths]
