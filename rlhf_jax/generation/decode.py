@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.generation import compact, sampling
 from rlhf_jax.networks import heads, panels
-from rlhf_jax.networks.transformer import KVCache
+from rlhf_jax.networks.cache import KVCache
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
 from rlhf_jax.types import Params, PromptBatch

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlhf_jax.generation import sampling
 from rlhf_jax.generation.stream import bucket
 from rlhf_jax.networks import heads, panels
-from rlhf_jax.networks.transformer import KVCache
+from rlhf_jax.networks.cache import KVCache
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
 from rlhf_jax.types import Params, UserError

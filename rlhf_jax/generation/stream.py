@@ -17,7 +17,7 @@ import numpy as np
 
 from rlhf_jax.generation import sampling
 from rlhf_jax.networks import heads
-from rlhf_jax.networks.transformer import KVCache
+from rlhf_jax.networks.cache import KVCache
 from rlhf_jax.types import Params
 
 SMALLEST_BUCKET = 32  # tokens

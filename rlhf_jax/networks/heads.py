@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.networks import panels
+from rlhf_jax.networks.cache import KVCache
 from rlhf_jax.networks.config import ModelConfig
-from rlhf_jax.networks.transformer import KVCache, Transformer
+from rlhf_jax.networks.transformer import Transformer
 from rlhf_jax.types import Params
 
 
