@@ -162,7 +162,7 @@ def test_each_device_of_a_group_has_its_part_of_the_panels():
 
   def made(params):
     with rules.one_group():
-      return panels.of(policy, rules.split(params))
+      return panels.of(policy, params)
 
   mesh = tiny.mesh((2, 1, 1))
   found = mesh_lib.jit(mesh_lib.bind(made), mesh)(tiny.params(policy, 0))
@@ -190,7 +190,7 @@ def test_a_group_answers_one_prompt_several_times():
 
 
 def test_a_group_exchanges_no_more_than_it_must():
-  """In the loop: two sums a layer and the embedding's, the logits once, and what was drawn."""
+  """In a loop: two sums a layer, the logits once, and what was drawn once."""
   mesh, config = tiny.mesh((2, 1, 1)), tiny.MODEL
   sampling = tiny.changed(tiny.SAMPLING, max_new_tokens=6, cache_sizes=1, compact_to=(0.5,))
   how = {"config": sampling, "stops": Stops(tuple(range(1, 9))), "pad_id": tiny.PAD}
@@ -201,14 +201,18 @@ def test_a_group_exchanges_no_more_than_it_must():
   program = decode.compiled(tiny.POLICY, mesh, B, **how).lower(
     place(shapes[0], PartitionSpec()), place(shapes[1], mesh_lib.BATCH), jax.random.key(0)
   )
-  loops = {}  # exchanges of each computation that says of itself to be of a loop's body
+  loops, before = {}, []  # exchanges of each computation that says to be a loop's body; of no loop
   for line in program.compile().as_text().splitlines():
     kind = re.search(r" (all-reduce|all-gather|all-to-all|collective-permute)(-start)?\(", line)
     if kind and "while/body" in line:
       where = line.split('op_name="')[1].split("while/body")[0]
       loops.setdefault(where, []).append(kind[1])
+    elif kind:
+      before.append(kind[1])
+  # Each layer's keys and values, the first logits; the prompts' ends, the first tokens.
+  assert sorted(before) == ["all-gather"] * 2 + ["all-to-all"] * (2 * config.n_layers + 1)
   assert len(loops) == 2  # of eight rows, and of four
   for found in loops.values():
-    assert found.count("all-reduce") == 2 * config.n_layers + 1
-    assert found.count("all-to-all") == 1 and found.count("all-gather") == 2
+    assert found.count("all-reduce") == 2 * config.n_layers
+    assert found.count("all-to-all") == found.count("all-gather") == 1
     assert found.count("collective-permute") == 0

@@ -53,8 +53,20 @@ class Prefilled:
   """B prompts that have been read."""
 
   hidden: jax.Array  # [B, D] in the compute dtype, of their last tokens
-  lengths: jax.Array  # [B] int32
   cache: KVCache  # of their P columns
+
+  def constrain(self) -> "Prefilled":
+    """Laid out by the rules, hidden states and segments in one exchange.
+
+    For segments alone, which are there at once, devices would meet before they have read anything.
+    """
+    D, hidden, segments = self.hidden.shape[1], self.hidden, self.cache.segments
+    both = jnp.concatenate([hidden.astype(jnp.float32), segments.astype(jnp.float32)], axis=1)
+    both = rules.constrain(both, "rows")
+    segments = both[:, D:].astype(segments.dtype)
+    return Prefilled(
+      both[:, :D].astype(hidden.dtype), self.cache.constrain().replace(segments=segments)
+    )
 
 
 def generate(
@@ -75,7 +87,7 @@ def prefill(policy: heads.Policy, params: Params, prompts: PromptBatch) -> Prefi
   blank, last = KVCache.empty(policy.config, B, P), (P - 1, P)
   inputs = prompts.tokens, positions, segments, blank
   hidden, cache = policy.apply({"params": params}, *inputs, method="hidden", columns=last)
-  return Prefilled(hidden[:, 0], jnp.sum(segments, axis=1), cache)
+  return Prefilled(hidden[:, 0], cache).constrain()
 
 
 def complete(
@@ -95,7 +107,8 @@ def complete(
   by one of `stops`, up to `LOOK_EVERY` - 1 columns later. Step t draws with fold_in(key, t), so
   rows do not depend on when their neighbours end, nor on the mesh.
   """
-  R, rows = config.max_new_tokens, len(prefilled.lengths) * samples
+  prefilled = prefilled.constrain()
+  R, rows = config.max_new_tokens, len(prefilled.hidden) * samples
   shards = rules.row_shards(rows)
   sizes = compact.sizes(rows, config.compact_to, shards)
   variables = _by_rows(policy, params, sizes)
@@ -127,7 +140,7 @@ def complete(
     step=jnp.int32(0),
     needed=jnp.int32(rows),
     rows=compact.every_row(rows, shards),
-    prompt_lengths=each(prefilled.lengths),
+    prompt_lengths=each(jnp.sum(prefilled.cache.segments, axis=1)),
     caches=_in_parts(policy, prefilled.cache, columns, samples),
     completion=blank,
   )
@@ -151,11 +164,13 @@ def compiled(
 def generate_in_one_group(
   policy: heads.Policy, params: Params, prompts: PromptBatch, key: jax.Array, **settings
 ) -> Completion:
-  """`generate` by devices that have all parameters, of which each reads a part for all rows."""
+  """`generate` by devices that have all parameters.
+
+  Each reads its part of the prompts, then multiplies all rows with its part of the kernels.
+  """
+  prefilled = prefill(policy, params, prompts)
   with rules.one_group():
-    completion = generate(
-      policy, rules.split(params), rules.constrain(prompts, "rows"), key, **settings
-    )
+    completion = complete(policy, params, prefilled, key, **settings)
   return rules.constrain(completion, "rows")
 
 

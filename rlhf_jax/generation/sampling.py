@@ -127,12 +127,16 @@ def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
 def _split_by_rows(sampler: Callable) -> Callable:
   """A sampler of logits [B, V] for which devices that share a vocabulary split the rows instead.
 
-  They exchange the logits once, where each step of a draw from a split row would be an exchange.
+  They exchange the logits once, where each step of a draw from a split row would be an exchange,
+  and what was drawn once.
   """
 
   @functools.wraps(sampler)
   def sample(logits: jax.Array, *how):
-    return constrain(sampler(constrain(logits, "drawn from"), *how), "rows")
+    tokens, logprobs = sampler(constrain(logits, "drawn from"), *how)
+    both = jnp.stack([tokens, jax.lax.bitcast_convert_type(logprobs, jnp.int32)], axis=1)
+    tokens, logprobs = constrain(both, "rows").T
+    return tokens, jax.lax.bitcast_convert_type(logprobs, jnp.float32)
 
   return sample
 

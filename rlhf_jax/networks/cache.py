@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.networks.config import ModelConfig
+from rlhf_jax.parallel.rules import constrain
 
 
 @flax.struct.dataclass
@@ -62,6 +63,10 @@ class KVCache:
     of_layers = lambda layers: jax.tree.map(lambda x: alone(rows(_in_rows(x), -4)), layers)
     keys, values = of_layers(self.keys), of_layers(self.values)
     return self.replace(keys=keys, values=values, segments=rows(self.segments, 0))
+
+  def constrain(self) -> "KVCache":
+    """Laid out by the rules, rows and heads."""
+    return self.select(lambda x, axis: constrain(x, "cached" if axis else "rows", axis))
 
   def put(self, rows: jax.Array, other: "KVCache", segments: jax.Array, end: int) -> "KVCache":
     """With the W columns of the n rows of `other` in those before `end` of `rows` [n].

@@ -38,11 +38,15 @@ TRANSFORMER: Rules = (
 ACTIVATIONS: Rules = (
   (r"^stream$", P(("data", "fsdp"), None, None)),  # [B, T, D]
   (r"^heads$", P(("data", "fsdp"), None, "tensor", None)),  # [B, T, N, H]
+  (r"^cached$", P(("data", "fsdp"), "tensor", None, None)),  # [B, G, S, H]
   (r"^table$", P("tensor", None)),  # [V, D], the embedding where it is read
   (r"^drawn from$", P(("data", "fsdp", "tensor"), None)),  # [B, V], logits of the next token
   (r"^rows$", P(("data", "fsdp"))),  # [B, ...], whole on all devices that share parameters
 )
 
+
+# What of these is a parameter: a group has it whole.
+PARAMETERS = ("table",)
 
 _in_one_group = contextvars.ContextVar("in one group", default=False)
 
@@ -114,23 +118,17 @@ def compile_step(step: Callable, state: Any, mesh: Mesh, rules: Rules = TRANSFOR
   return mesh_lib.jit(step, mesh, donate_argnums=0, out_shardings=out_shardings)
 
 
-def constrain(tree: Any, name: str, rules: Rules = ACTIVATIONS) -> Any:
+def constrain(tree: Any, name: str, first: int = 0, rules: Rules = ACTIVATIONS) -> Any:
   """Arrays laid out by the rule for `name` in a function of `mesh.jit`; elsewhere as they are.
 
-  An axis that does not divide by all its devices, as a batch of one, is split over fewer or none.
+  The rule is for their axes from the `first` on. An axis that does not divide by all its devices,
+  as a batch of one, is split over fewer or none.
   """
+  if name in PARAMETERS and _in_one_group.get():
+    return tree
   spec = next(spec for pattern, spec in rules if re.search(pattern, name))
-  return jax.tree.map(lambda x: _lay_out(x, spec), tree)
-
-
-def split(params: Any, rules: Rules = TRANSFORMER) -> Any:
-  """Parameters that every device has whole, laid out by the table; in a function of `mesh.jit`."""
-
-  def own(path: tuple, x: jax.Array) -> jax.Array:
-    spec = next(spec for pattern, spec in rules if re.search(pattern, path_name(path)))
-    return _lay_out(x, P(*(None,) * (x.ndim - len(spec)), *spec))
-
-  return jax.tree_util.tree_map_with_path(own, params)
+  place = lambda x: _lay_out(x, P(*(None,) * (first % max(x.ndim, 1)), *spec))
+  return jax.tree.map(place, tree)
 
 
 def replicate(tree: Any) -> Any:
@@ -211,11 +209,19 @@ def own_part(function: Callable, axis: int, out_axis: int) -> Callable:
   """
 
   def of_parts(x: jax.Array) -> jax.Array:
-    if not jax.sharding.get_abstract_mesh().shape or x.shape[axis] % tensor_devices():
+    devices, is_whole = tensor_devices(), _in_one_group.get()
+    if not jax.sharding.get_abstract_mesh().shape or x.shape[axis] % devices:
       return function(x)
-    along = lambda i: _here(P(*(None,) * i, "tensor"))
-    specs = {"in_specs": along(axis), "out_specs": along(out_axis)}
-    return jax.shard_map(function, **specs, check_vma=False)(x)
+    (names,) = _here(P("tensor"))
+    along = lambda i: P(*(None,) * i, names)
+
+    def of_own(x: jax.Array) -> jax.Array:
+      size = x.shape[axis] // devices
+      start = jax.lax.axis_index(names) * size
+      return function(jax.lax.dynamic_slice_in_dim(x, start, size, axis))
+
+    specs = {"in_specs": P() if is_whole else along(axis), "out_specs": along(out_axis)}
+    return jax.shard_map(of_own if is_whole else function, **specs, check_vma=False)(x)
 
   return of_parts
 
