@@ -43,9 +43,7 @@ ACTIVATIONS: Rules = (
   (r"^drawn from$", P(("data", "fsdp", "tensor"), None)),  # [B, V], logits of the next token
   (r"^rows$", P(("data", "fsdp"))),  # [B, ...], whole on all devices that share parameters
 )
-
-
-# What of these is a parameter: a group has it whole.
+# What of these is a parameter, which devices of one group have whole.
 PARAMETERS = ("table",)
 
 _in_one_group = contextvars.ContextVar("in one group", default=False)
