@@ -2,9 +2,12 @@
 
   python benchmarks/growth.py [--workloads=generate,sft] [--repeats=5]
 
-Each axis is stretched alone, the others stay as they are. The exponent is the slope of log time
-over log size (least squares); theory's is that of the multiply-adds of the same points, attention
-included. An exponent below theory's is overhead that larger sizes spread over more work.
+Each axis is stretched alone, the others stay as they are. An exponent is the slope of log time over
+log size (least squares). Theory's is that of the least time for the same points: `bound` of
+`generate.py`, where a step computes or reads its weights and cache, whichever takes longer, with
+limits measured at the start; for a training step, multiply-adds. Those of multiply-adds alone
+stand beside it: decoding is bound by what it reads. An exponent below theory's is overhead that
+larger sizes spread over more work.
 """
 
 import common
@@ -50,27 +53,32 @@ def main():
     axes=("batch,length,width,depth", "what is stretched"),
     shrink=(1, "divides every size but the head's, to try the program out"),
   )
-  rows = []
+  rows, limits = [], common.limits()
   for workload in given.workloads.split(","):
     for axis in given.axes.split(","):
       points = [BASE[workload] | {axis: size} for size in SIZES[workload][axis]]
       points = [{name: max(n // given.shrink, 1) for name, n in p.items()} for p in points]
-      rows.append(stretch(workload, axis, points, given.repeats))
+      rows.append(stretch(workload, axis, points, limits, given.repeats))
       sys.stderr.write(line(rows[-1]) + "\n")
-  head = "| workload | axis | sizes | ms | exponent | theory | beyond theory |"
-  table = "\n".join([head, "|---|---|---|---|---:|---:|---:|", *map(line, rows)])
+  head = "| workload | axis | sizes | ms | exponent | multiply-adds | theory | beyond theory |"
+  table = "\n".join([head, "|---|---|---|---|---:|---:|---:|---:|", *map(line, rows)])
   sys.stderr.write(table + "\n")
-  common.report(given.out, {"kind": "growth", "peer": "rlhf_jax", "runs": rows, "table": table})
+  about = {"kind": "growth", "peer": "rlhf_jax", "limits": limits}
+  common.report(given.out, about | {"runs": rows, "table": table})
 
 
-def stretch(workload, axis, points, repeats) -> dict:
+def stretch(workload, axis, points, limits, repeats) -> dict:
   """The exponents of one axis."""
   networks = [network(point) for point in points]
-  seconds = [MEASURE[workload](n, point, repeats) for n, point in zip(networks, points)]
-  work = [FLOPS[workload](n.policy.config, point) for n, point in zip(networks, points)]
+  configs = [each.policy.config for each in networks]
   sizes = [point[axis] for point in points]
-  row = {"workload": workload, "axis": axis, "sizes": sizes, "seconds": seconds}
-  return row | {"exponent": exponent(sizes, seconds), "theory": exponent(sizes, work)}
+  costs = {
+    "seconds": [MEASURE[workload](*each, repeats) for each in zip(networks, points)],
+    "flops": [FLOPS[workload](*each) for each in zip(configs, points)],
+    "least_seconds": [LEAST[workload](*each, limits) for each in zip(configs, points)],
+  }
+  exponents = {name: exponent(sizes, found) for name, found in costs.items()}
+  return {"workload": workload, "axis": axis, "sizes": sizes, "exponents": exponents} | costs
 
 
 def exponent(sizes, costs) -> float:
@@ -114,19 +122,31 @@ def flops_of_a_step(config, point) -> float:
   return 3 * common.forward_flops(config, B, T, T)
 
 
+def least_to_generate(config, point, limits) -> float:
+  """Seconds by the bound that `generate.py` states."""
+  B, R = point["batch"], point["length"]
+  return B * R / generate.bound(config, B, PROMPT, R, limits)
+
+
+def least_of_a_step(config, point, limits) -> float:
+  """Seconds by the bound that `sft.py` states."""
+  return flops_of_a_step(config, point) / limits["flops"]
+
+
 def line(row) -> str:
   """A line of the table."""
   sizes = ", ".join(map(str, row["sizes"]))
   times = ", ".join(f"{1e3 * s:.0f}" for s in row["seconds"])
-  beyond = row["exponent"] / row["theory"] - 1
+  found, work, theory = (row["exponents"][name] for name in ("seconds", "flops", "least_seconds"))
   return (
-    f"| {row['workload']} | {row['axis']} | {sizes} | {times} | {row['exponent']:.2f} | "
-    f"{row['theory']:.2f} | {beyond:+.0%} |"
+    f"| {row['workload']} | {row['axis']} | {sizes} | {times} | {found:.2f} | {work:.2f} | "
+    f"{theory:.2f} | {found / theory - 1:+.0%} |"
   )
 
 
 MEASURE = {"generate": seconds_to_generate, "sft": seconds_of_a_step}
 FLOPS = {"generate": flops_to_generate, "sft": flops_of_a_step}
+LEAST = {"generate": least_to_generate, "sft": least_of_a_step}
 
 if __name__ == "__main__":
   main()

@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import quick
 import tiny
@@ -66,7 +67,27 @@ def test_growth_is_fitted_beside_theory():
   assert [row["workload"] for row in found["runs"]] == ["generate", "sft"]
   for row in found["runs"]:
     assert row["sizes"] == sorted(row["sizes"]) and len(row["seconds"]) == 4
-    assert row["theory"] == pytest.approx(1.0)
+    exponents = row["exponents"]
+    assert exponents["seconds"] == pytest.approx(
+      np.polyfit(np.log(row["sizes"]), np.log(row["seconds"]), 1)[0]
+    )
+    assert exponents["flops"] == pytest.approx(1.0)
+    assert 0 < exponents["least_seconds"] <= exponents["flops"] + 1e-6
+
+
+@pytest.mark.parametrize(("B", "R"), [(1, 2), (16, 256)])
+def test_the_least_time_to_generate_is_of_computing_or_of_reading(benchmark, B, R):
+  growth = benchmark("growth")
+  point = {"batch": B, "length": R, "width": 64, "depth": 2}
+  config = growth.network(point).policy.config
+  least = lambda **limits: growth.least_to_generate(config, point, limits)
+  computed = growth.flops_to_generate(config, point)
+  assert least(flops=1.0, bandwidth=np.inf) == pytest.approx(computed)
+  # At every token but the first: weights, and keys and values of the columns so far, of 4 bytes.
+  weights = 2 * (4 * 64 * 64 + 3 * 64 * config.d_ff) + 64 * config.vocab_size
+  columns = (R - 1) * (growth.PROMPT + R / 2)
+  read = 4 * ((R - 1) * weights + B * columns * 2 * 2 * 64)
+  assert least(flops=np.inf, bandwidth=1.0) == pytest.approx(read)
 
 
 def test_exponents_are_those_of_a_power(benchmark):
