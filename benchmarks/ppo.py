@@ -42,6 +42,7 @@ def main():
     seed=(0, "of prompts and sampling"),
     remat=(False, "blocks are computed again in the backward pass"),
     scan=(False, "one compiled layer"),
+    micro_batches=(1, "parts that a minibatch goes through the networks in"),
     turns=common.TURNS,
   )
   networks = common.networks(
@@ -73,6 +74,7 @@ def main():
   )
   about = {"kind": "ppo", "peer": "rlhf_jax", "model": given.model, "dtype": given.dtype}
   about |= {"minibatches": given.minibatches, "episodes": given.episodes}
+  about |= {"micro_batches": given.micro_batches}
   about |= {"cold_seconds": began.seconds, "scores": scores, "limits": limits}
   common.report(given.out, about | found)
 
@@ -80,13 +82,13 @@ def main():
 def numbers(given) -> ppo_config.PPOConfig:
   """TRL's numbers at the sizes of the workload."""
   sampling = SamplingConfig(
-    given.response, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=(), cache_sizes=1
+    given.response, temperature=1.0, top_k=0, top_p=1.0, stop=None, compact_to=(), cache_sizes=4
   )
   return ppo_config.PPOConfig(
     num_steps=1_000_000,
     epochs=4,
     minibatches=given.minibatches,
-    micro_batches=1,
+    micro_batches=given.micro_batches,
     gamma=1.0,
     lam=0.95,
     cliprange=0.2,

@@ -26,6 +26,7 @@ def main():
     __doc__,
     pairs=(16, "pairs of a step"),
     length=(128, "tokens of an answer"),
+    micro_batches=(1, "parts that a batch goes through the network in"),
     turns=common.TURNS,
   )
   B, T = given.pairs, given.length
@@ -34,7 +35,7 @@ def main():
   optimizer = optim.make(common.adamw(1e-4, clip_norm=1.0), 1_000_000)
   state = rules.place(reward.init(networks.reward_params, optimizer), mesh)
   step = functools.partial(
-    reward.step, network=networks.scalar, optimizer=optimizer, micro_batches=1
+    reward.step, network=networks.scalar, optimizer=optimizer, micro_batches=given.micro_batches
   )
   step = rules.compile_step(step, state, mesh)
   batch = mesh_lib.put_batch(mesh, unlike_pairs(B, T, config.vocab_size))
@@ -44,6 +45,7 @@ def main():
   found |= common.rates(found.pop("repetitions"), B, "pairs/s")
   found |= {"bound": bound, "share": found["rate"]["median"] / bound, "limits": limits}
   about = {"kind": "rm", "peer": "rlhf_jax", "model": given.model, "pairs": B, "seq": T}
+  about |= {"micro_batches": given.micro_batches}
   common.report(given.out, about | {"dtype": given.dtype} | found)
 
 

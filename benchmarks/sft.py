@@ -30,6 +30,7 @@ def main():
     length=(256, "tokens of a row"),
     remat=(False, "blocks are computed again in the backward pass"),
     scan=(False, "one compiled layer"),
+    micro_batches=(1, "parts that a batch goes through the network in"),
     turns=common.TURNS,
   )
   B, T = given.rows, given.length
@@ -37,23 +38,26 @@ def main():
     given.model, given.models, dtype=given.dtype, remat=given.remat, scan_layers=given.scan
   )
   config = networks.policy.config
-  step, state = begin(networks, B, T)
+  step, state = begin(networks, B, T, given.micro_batches)
   found = common.measure_step(step, state, given.repeats)
   limits = common.limits()
   bound = B * T * limits["flops"] / (3 * common.forward_flops(config, B, T, T))
   found |= common.rates(found.pop("repetitions"), B * T, "tokens/s")
   found |= {"bound": bound, "share": found["rate"]["median"] / bound, "limits": limits}
   about = {"kind": "sft", "peer": "rlhf_jax", "model": given.model, "batch": B, "seq": T}
+  about |= {"micro_batches": given.micro_batches}
   common.report(given.out, about | {"dtype": given.dtype} | found)
 
 
-def begin(networks, B, T):
+def begin(networks, B, T, micro_batches=1):
   """`state -> (state, metrics)` on B rows of T random tokens, and the first state."""
   mesh = common.mesh_of(common.devices_for(B))
   optimizer = optim.make(common.adamw(1e-4, clip_norm=1.0), 1_000_000)
   own = jax.tree.map(jnp.copy, networks.policy_params)  # the state is donated
   state = rules.place(sft.init(own, optimizer), mesh)
-  step = functools.partial(sft.step, policy=networks.policy, optimizer=optimizer, micro_batches=1)
+  step = functools.partial(
+    sft.step, policy=networks.policy, optimizer=optimizer, micro_batches=micro_batches
+  )
   step = rules.compile_step(step, state, mesh)
   V = networks.policy.config.vocab_size
   ids = np.random.default_rng(0).integers(common.FIRST_ID, V, (B, T), np.int32)
