@@ -113,7 +113,7 @@ def numbers(given) -> ppo_config.PPOConfig:
 def iteration(networks, config, seed=0):
   """`state -> (state, seconds of each phase, metrics)`, and the first state."""
   B, P = config.rollout.batch_size, config.rollout.prompt_length
-  mesh = common.mesh_of(common.devices_for(B // config.minibatches))
+  mesh = common.mesh_of(common.devices_for(B // config.minibatches // config.micro_batches))
   learner = ppo.make_learner(networks.policy, networks.scalar, config, stem_blocks=0)
   own = functools.partial(jax.tree.map, jnp.copy)
   state = ppo.init(

@@ -17,7 +17,7 @@ import numpy as np
 from rlhf_jax import reward
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
-from rlhf_jax.training import optim
+from rlhf_jax.training import accumulate, optim
 from rlhf_jax.types import RankingBatch
 
 
@@ -29,13 +29,14 @@ def main():
     micro_batches=(1, "parts that a batch goes through the network in"),
     turns=common.TURNS,
   )
-  B, T = given.pairs, given.length
+  B, T, parts = given.pairs, given.length, given.micro_batches
+  accumulate.check("reward", B, parts)
   networks = common.networks(given.model, given.models, dtype=given.dtype)
-  config, mesh = networks.scalar.config, common.mesh_of(common.devices_for(B))
+  config, mesh = networks.scalar.config, common.mesh_of(common.devices_for(B // parts))
   optimizer = optim.make(common.adamw(1e-4, clip_norm=1.0), 1_000_000)
   state = rules.place(reward.init(networks.reward_params, optimizer), mesh)
   step = functools.partial(
-    reward.step, network=networks.scalar, optimizer=optimizer, micro_batches=given.micro_batches
+    reward.step, network=networks.scalar, optimizer=optimizer, micro_batches=parts
   )
   step = rules.compile_step(step, state, mesh)
   batch = mesh_lib.put_batch(mesh, unlike_pairs(B, T, config.vocab_size))
@@ -45,7 +46,7 @@ def main():
   found |= common.rates(found.pop("repetitions"), B, "pairs/s")
   found |= {"bound": bound, "share": found["rate"]["median"] / bound, "limits": limits}
   about = {"kind": "rm", "peer": "rlhf_jax", "model": given.model, "pairs": B, "seq": T}
-  about |= {"micro_batches": given.micro_batches}
+  about |= {"micro_batches": parts}
   common.report(given.out, about | {"dtype": given.dtype} | found)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from rlhf_jax import sft
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
-from rlhf_jax.training import optim
+from rlhf_jax.training import accumulate, optim
 from rlhf_jax.types import TokenBatch
 
 
@@ -51,7 +51,8 @@ def main():
 
 def begin(networks, B, T, micro_batches=1):
   """`state -> (state, metrics)` on B rows of T random tokens, and the first state."""
-  mesh = common.mesh_of(common.devices_for(B))
+  accumulate.check("sft", B, micro_batches)
+  mesh = common.mesh_of(common.devices_for(B // micro_batches))
   optimizer = optim.make(common.adamw(1e-4, clip_norm=1.0), 1_000_000)
   own = jax.tree.map(jnp.copy, networks.policy_params)  # the state is donated
   state = rules.place(sft.init(own, optimizer), mesh)

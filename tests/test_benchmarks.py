@@ -53,7 +53,8 @@ def test_generation_says_rate_bound_and_share_of_every_row():
   ("name", "sizes", "unit"),
   [
     ("sft", ("--rows=2", "--length=8"), "tokens/s"),
-    ("reward", ("--pairs=2", "--length=8"), "pairs/s"),
+    ("sft", ("--rows=4", "--length=8", "--micro_batches=2"), "tokens/s"),
+    ("reward", ("--pairs=4", "--length=8", "--micro_batches=2"), "pairs/s"),
   ],
 )
 def test_a_step_that_is_timed_is_one_that_learns(name, sizes, unit):
@@ -87,7 +88,8 @@ def test_the_least_time_to_generate_is_of_computing_or_of_reading(benchmark, B, 
   weights = 2 * (4 * 64 * 64 + 3 * 64 * config.d_ff) + 64 * config.vocab_size
   columns = (R - 1) * (growth.PROMPT + R / 2)
   read = 4 * ((R - 1) * weights + B * columns * 2 * 2 * 64)
-  assert least(flops=np.inf, bandwidth=1.0) == pytest.approx(read)
+  # The bound has a token's own half column of scores among the weights.
+  assert least(flops=np.inf, bandwidth=1.0) == pytest.approx(read, rel=1e-3)
 
 
 def test_exponents_are_those_of_a_power(benchmark):
@@ -96,7 +98,8 @@ def test_exponents_are_those_of_a_power(benchmark):
 
 
 def test_an_iteration_of_ppo_is_split_into_its_phases():
-  found = run("ppo", "--episodes=4", "--prompt=4", "--response=4", "--minibatches=2")
+  sizes = ("--episodes=8", "--prompt=4", "--response=4", "--minibatches=2", "--micro_batches=2")
+  found = run("ppo", *sizes)
   seconds = found["breakdown_seconds"]
   assert list(seconds) == ["generation", "scoring", "update"]
   # Of every repetition: so of the fastest, whichever that is. Medians need not add up.
