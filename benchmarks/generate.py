@@ -93,7 +93,8 @@ def bound(config, B, P, R, limits) -> float:
   """Tokens a second if matrix products, or reads of weights and cache, were all there is."""
   width = 4 if config.compute.dtype == "float32" else 2
   a_token = common.forward_flops(config, 1, 1, 1)
-  weights = width * a_token / 2
+  # A token's pass has the scores with itself in it, half a column of them, which are no weights.
+  weights = width * (a_token / 2 - config.n_layers * config.n_heads * config.head_dim)
   cached = 2 * width * config.n_layers * config.n_kv_heads * config.head_dim
   seconds = common.forward_flops(config, B, P, 1) / limits["flops"]
   for column in range(P + 1, P + R):
