@@ -97,6 +97,34 @@ def test_states_stay_split_from_step_to_step(mesh):
     assert_split(tree, mesh)
 
 
+KEPT = """
+import sys
+import jax.numpy as jnp
+from rlhf_jax.parallel import mesh as mesh_lib
+
+def program(x):
+  return jnp.sum(x)
+
+mesh = mesh_lib.make(mesh_lib.MeshConfig(*map(int, sys.argv[1:])))
+mesh_lib.jit(program, mesh)(jnp.ones(4))
+jnp.cumsum(jnp.ones(3))
+"""
+
+
+@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=name)
+def test_programs_that_gather_parameters_are_not_read_back_on_a_cpu(axes, tmp_path, monkeypatch):
+  script, cache = tmp_path / "kept.py", tmp_path / "cache"
+  script.write_text(KEPT)
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+  process = runs.spawn(script, *axes, devices=2)
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 0, errors
+  names = {path.name for path in cache.iterdir()}
+  assert any(name.startswith("jit_program") for name in names) == (axes == (2, 1, 1))
+  assert any(name.startswith("jit_cumsum") for name in names)  # others are, whatever the mesh
+
+
 # What the compiler sends from device to device.
 
 

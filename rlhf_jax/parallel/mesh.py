@@ -5,6 +5,7 @@ feed-forward width and vocabulary. One CPU core, eight GPUs and a TPU slice are 
 other numbers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -101,7 +102,7 @@ def _compiled(function, mesh, out_shardings, options):
   def on_mesh(method: Callable) -> Callable:
     @functools.wraps(method)
     def call(*args, **kwargs):
-      with jax.set_mesh(mesh):
+      with jax.set_mesh(mesh), _cache(mesh):
         return method(*args, **kwargs)
 
     return call
@@ -109,6 +110,28 @@ def _compiled(function, mesh, out_shardings, options):
   call = on_mesh(compiled)
   call.lower = on_mesh(compiled.lower)
   return call
+
+
+@contextlib.contextmanager
+def _cache(mesh: Mesh):
+  """Where programs compiled inside may be kept in jax's compilation cache on disk.
+
+  A CPU program that jaxlib 0.10 reads back from there no longer runs all exchanges between devices
+  in one order: those inside a loop or a condition and those outside of it change places, and two
+  devices may wait for each other for ever. Programs that only split the batch exchange one sum
+  after another; parameters that are split are gathered beside a loop.
+  """
+  splits_parameters = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+  if mesh.devices.flat[0].platform != "cpu" or not splits_parameters:
+    yield
+    return
+  name = "jax_persistent_cache_min_compile_time_secs"
+  usual = getattr(jax.config, name)
+  jax.config.update(name, math.inf)
+  try:
+    yield
+  finally:
+    jax.config.update(name, usual)
 
 
 def batch_devices(mesh: Mesh) -> int:
