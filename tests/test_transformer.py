@@ -12,7 +12,7 @@ import tiny
 from rlhf_jax.networks import attention, blocked, heads, pretrained
 from rlhf_jax.networks.cache import KVCache
 from rlhf_jax.networks.config import ModelConfig
-from rlhf_jax.networks.transformer import Transformer
+from rlhf_jax.networks.transformer import Transformer, swiglu
 from rlhf_jax.types import UserError
 
 NETWORK = Transformer(tiny.MODEL)
@@ -306,6 +306,18 @@ def test_rotary_angles_make_scores_depend_on_distance_alone():
   np.testing.assert_allclose(score(7, 4), score(103, 100), rtol=1e-4)
   np.testing.assert_allclose(score(5, 5), np.sum(query * key), rtol=1e-5)
   assert abs(score(7, 4) - score(4, 7)) > 1e-3
+
+
+def test_the_gradient_of_swiglu_is_that_of_finite_differences():
+  gate, up = np.linspace(-9, 9, 41), np.cos(np.arange(41.0))
+  product = lambda gate, up: gate / (1 + np.exp(-gate)) * up
+  both = functools.partial(map, np.float32)
+  np.testing.assert_allclose(swiglu(*both((gate, up))), product(gate, up), rtol=1e-5, atol=1e-7)
+  found = jax.grad(lambda *x: jnp.sum(swiglu(*x)), argnums=(0, 1))(*both((gate, up)))
+  h = 1e-6
+  along_gate = (product(gate + h, up) - product(gate - h, up)) / (2 * h)
+  along_up = (product(gate, up + h) - product(gate, up - h)) / (2 * h)
+  np.testing.assert_allclose(found, (along_gate, along_up), rtol=1e-4, atol=1e-6)
 
 
 # Rematerialisation.

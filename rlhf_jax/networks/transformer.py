@@ -65,6 +65,26 @@ class Attention(nn.Module):
     return out, (None if layer_cache is None else (key, value))
 
 
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """silu(gate) * up, of which the backward pass keeps both inputs and no factor."""
+  return nn.silu(gate) * up
+
+
+def _swiglu_forward(gate, up):
+  return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(saved, d):
+  gate, up = saved
+  sigmoid = nn.sigmoid(gate)
+  silu = gate * sigmoid
+  return d * up * (sigmoid + silu * (1 - sigmoid)), d * silu
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
 class MLP(nn.Module):
   """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, eq. 6)."""
 
@@ -78,7 +98,7 @@ class MLP(nn.Module):
     layers = [_linear(c, c.d_ff, name, alone=False) for name in ("gate", "up")]
     gate, up = panels.together(layers, (tokens, tokens))
     down = _linear(c, c.d_model, "down", c.n_layers)
-    return down(nn.silu(gate) * up).reshape(x.shape)
+    return down(swiglu(gate, up)).reshape(x.shape)
 
 
 class Block(nn.Module):
