@@ -106,9 +106,9 @@ def test_a_network_attends_as_its_config_says():
     params = tiny.params(tiny.SCALAR, 0)["trunk"]
     return str(jax.make_jaxpr(lambda p: network.apply({"params": p}, ones, ones, ones)[0])(params))
 
-  assert "custom_vjp" not in traced("plain") and "custom_vjp" in traced("blocked")
+  assert "name=attend" not in traced("plain") and "name=attend" in traced("blocked")
   assert traced("auto") == traced("blocked")  # the tests run on a CPU
-  assert "custom_vjp" not in traced("blocked", blocked.BLOCK)  # one block gains nothing
+  assert "name=attend" not in traced("blocked", blocked.BLOCK)  # one block gains nothing
 
 
 def test_blocks_are_few_and_cover_a_row():
