@@ -216,3 +216,20 @@ def test_a_group_exchanges_no_more_than_it_must():
     assert found.count("all-reduce") == 2 * config.n_layers
     assert found.count("all-to-all") == found.count("all-gather") == 1
     assert found.count("collective-permute") == 0
+
+
+@pytest.mark.parametrize(
+  ("x", "kernel", "axes"),
+  [((6, 4), (4, 5), 1), ((2, 3, 4), (4, 5, 2), 1), ((2, 3, 4, 5), (4, 5, 6), 2)],
+)
+def test_a_product_has_the_gradients_of_dot_general(x, kernel, axes):
+  draw = np.random.default_rng(0)
+  x, kernel = (draw.standard_normal(shape).astype(np.float32) for shape in (x, kernel))
+  last = tuple(range(x.ndim - axes, x.ndim))
+  numbers = ((last, tuple(range(axes))), ((), ()))
+  ours = jax.vjp(lambda *both: panels.product(*both, numbers), x, kernel)
+  plain = jax.vjp(lambda *both: jax.lax.dot_general(*both, numbers), x, kernel)
+  np.testing.assert_array_equal(ours[0], plain[0])
+  d = draw.standard_normal(plain[0].shape).astype(np.float32)
+  for found, expected in zip(ours[1](d), plain[1](d), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -244,6 +244,7 @@ def _linear(
     use_bias=False,
     dtype=config.compute.dtype,
     kernel_init=_normal(n_layers),
+    dot_general=None if alone else panels.product,
     dot_general_cls=panels.OfRows if alone else None,
     name=name,
   )
