@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.generation import decode
 from rlhf_jax.generation.sampling import Stops
-from rlhf_jax.networks import heads, panels
+from rlhf_jax.networks import gradients, heads, panels
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
 
@@ -227,7 +227,7 @@ def test_a_product_has_the_gradients_of_dot_general(x, kernel, axes):
   x, kernel = (draw.standard_normal(shape).astype(np.float32) for shape in (x, kernel))
   last = tuple(range(x.ndim - axes, x.ndim))
   numbers = ((last, tuple(range(axes))), ((), ()))
-  ours = jax.vjp(lambda *both: panels.product(*both, numbers), x, kernel)
+  ours = jax.vjp(lambda *both: gradients.product(*both, numbers), x, kernel)
   plain = jax.vjp(lambda *both: jax.lax.dot_general(*both, numbers), x, kernel)
   np.testing.assert_array_equal(ours[0], plain[0])
   d = draw.standard_normal(plain[0].shape).astype(np.float32)

@@ -12,7 +12,8 @@ import tiny
 from rlhf_jax.networks import attention, blocked, heads, pretrained
 from rlhf_jax.networks.cache import KVCache
 from rlhf_jax.networks.config import ModelConfig
-from rlhf_jax.networks.transformer import Transformer, swiglu
+from rlhf_jax.networks.gradients import swiglu
+from rlhf_jax.networks.transformer import Transformer
 from rlhf_jax.types import UserError
 
 NETWORK = Transformer(tiny.MODEL)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from rlhf_jax.networks.gradients import product
 from rlhf_jax.parallel.rules import own_part
 from rlhf_jax.types import Params
 
@@ -53,37 +54,6 @@ FUSED = (
     "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE",
   ),
 )
-
-
-def product(x, kernel, dimension_numbers, precision=None):
-  """As `lax.dot_general`, of the last axes of x with the first of the kernel.
-
-  The kernel's gradient lies in memory as the kernel does. What autodiff makes is its transpose, and
-  on a CPU clipping and Adam then read one of their arrays across, twice as slowly.
-  """
-  (axes, _), _ = dimension_numbers
-  return _product(x, kernel, len(axes), precision)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x, kernel, axes, precision):
-  contracted = range(x.ndim - axes, x.ndim), range(axes)
-  return jax.lax.dot_general(x, kernel, (contracted, ((), ())), precision)
-
-
-def _product_forward(x, kernel, axes, precision):
-  return _product(x, kernel, axes, precision), (x, kernel)
-
-
-def _product_backward(axes, precision, saved, d):
-  x, kernel = saved
-  rows = range(x.ndim - axes)
-  columns = range(len(rows), d.ndim), range(axes, kernel.ndim)
-  dx = jax.lax.dot_general(d, kernel, (columns, ((), ())), precision)
-  return dx, jax.lax.dot_general(x, d, ((rows, rows), ((), ())), precision)
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 class Product(nn.Module):

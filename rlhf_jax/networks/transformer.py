@@ -17,6 +17,7 @@ from rlhf_jax.networks import attention, blocked, panels
 from rlhf_jax.networks.attention import attention_mask, rotary, rotate
 from rlhf_jax.networks.cache import KVCache, write
 from rlhf_jax.networks.config import ModelConfig
+from rlhf_jax.networks.gradients import product, swiglu
 from rlhf_jax.parallel.rules import constrain
 
 SPAN_ARGUMENT = 7  # of a block's call
@@ -63,26 +64,6 @@ class Attention(nn.Module):
     mixed = constrain(mixed, "heads")
     out = _linear(c, c.d_model, "out", c.n_layers, axis=(-2, -1))(mixed)
     return out, (None if layer_cache is None else (key, value))
-
-
-@jax.custom_vjp
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """silu(gate) * up, of which the backward pass keeps both inputs and no factor."""
-  return nn.silu(gate) * up
-
-
-def _swiglu_forward(gate, up):
-  return swiglu(gate, up), (gate, up)
-
-
-def _swiglu_backward(saved, d):
-  gate, up = saved
-  sigmoid = nn.sigmoid(gate)
-  silu = gate * sigmoid
-  return d * up * (sigmoid + silu * (1 - sigmoid)), d * silu
-
-
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class MLP(nn.Module):
@@ -244,7 +225,7 @@ def _linear(
     use_bias=False,
     dtype=config.compute.dtype,
     kernel_init=_normal(n_layers),
-    dot_general=None if alone else panels.product,
+    dot_general=None if alone else product,
     dot_general_cls=panels.OfRows if alone else None,
     name=name,
   )

@@ -118,8 +118,8 @@ def _cache(mesh: Mesh):
 
   A CPU program that jaxlib 0.10 reads back from there no longer runs all exchanges between devices
   in one order: those inside a loop or a condition and those outside of it change places, and two
-  devices may wait for each other for ever. Programs that only split the batch exchange one sum
-  after another; parameters that are split are gathered beside a loop.
+  devices may wait for each other for ever. So it was where parameters are split, and gathered
+  beside a loop; programs that only split the batch were not seen to wait, and are kept.
   """
   splits_parameters = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
   if mesh.devices.flat[0].platform != "cpu" or not splits_parameters:
