@@ -1,6 +1,7 @@
 """Operations whose gradient is written out, because a CPU takes longer over that of autodiff."""
 
 import functools
+import math
 
 import jax
 
@@ -26,11 +27,13 @@ def _product_forward(x, kernel, axes, precision):
 
 
 def _product_backward(axes, precision, saved, d):
+  # As matrices: where more than one axis is summed over XLA moves these together first.
   x, kernel = saved
-  rows = range(x.ndim - axes)
-  columns = range(len(rows), d.ndim), range(axes, kernel.ndim)
-  dx = jax.lax.dot_general(d, kernel, (columns, ((), ())), precision)
-  return dx, jax.lax.dot_general(x, d, ((rows, rows), ((), ())), precision)
+  inner, columns = math.prod(kernel.shape[:axes]), math.prod(kernel.shape[axes:])
+  rows, d, matrix = x.reshape(-1, inner), d.reshape(-1, columns), kernel.reshape(inner, columns)
+  of_x = jax.lax.dot_general(d, matrix, (((1,), (1,)), ((), ())), precision)
+  of_kernel = jax.lax.dot_general(rows, d, (((0,), (0,)), ((), ())), precision)
+  return of_x.reshape(x.shape), of_kernel.reshape(kernel.shape)
 
 
 _product.defvjp(_product_forward, _product_backward)
