@@ -126,12 +126,10 @@ def _each_head(function, fewest, mask, *arrays):
     flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
     (_, M, C, _), T = flat[0].shape, flat[1].shape[1]  # of queries and keys
     fitting = TILE // (M * min(C, BLOCK) * T)
-    fitting = fitting if fitting >= fewest else 1
+    most = min(fitting, rows * heads) if fitting >= fewest else 1
     one = lambda x: function(*x[1:], mask[x[0] // heads])
     # A divisor, so that there is no rest, which would be compiled as well.
-    at_once = next(
-      n for n in range(min(max(fitting, 1), rows * heads), 0, -1) if rows * heads % n == 0
-    )
+    at_once = next(n for n in range(most, 0, -1) if rows * heads % n == 0)
     done = jax.lax.map(one, (jnp.arange(rows * heads), *flat), batch_size=at_once)
     return jax.tree.map(lambda x: x.reshape(rows, heads, *x.shape[1:]), done)
 
