@@ -263,7 +263,7 @@ def limits() -> dict[str, float]:
   }
 
 
-def forward_flops(config, rows: int, length: int, head_columns: int) -> float:
+def forward_flops(config, rows: int, length: float, head_columns: float) -> float:
   """Multiply-adds of a forward pass, twice, with the head on so many columns of a row."""
   c = config
   attention = 2 * c.d_model * c.head_dim * (c.n_heads + c.n_kv_heads)
