@@ -103,8 +103,8 @@ def _read(each_pair, query, key, value):
     return [_put(x, new, pair.rows, 2) for x, new in zip(sums, (higher, total, mixed))]
 
   each = query.shape[:-1]
-  start = [jnp.full(each, MASKED), jnp.zeros(each), jnp.zeros(query.shape)]
-  peak, total, mixed = each_pair(read, start)
+  nothing = [jnp.full(each, MASKED), jnp.zeros(each), jnp.zeros(query.shape)]
+  peak, total, mixed = each_pair(read, nothing)
   total = jnp.maximum(total, jnp.finfo(total.dtype).tiny)  # 0 for a block that sees no key
   return (mixed / total[..., None]).astype(value.dtype), peak + jnp.log(total)
 
@@ -156,7 +156,7 @@ def _each_head(function, fewest, start, mask, *arrays):
     arrays = [with_layout_constraint(x, Layout(tuple(range(x.ndim)))) for x in arrays]
     rows, heads = arrays[0].shape[:2]
     most = TILE // scores if TILE // scores >= fewest else 1
-    at_once = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= max(most, 1))
+    at_once = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
     walk = _seen_pairs(mask, height, width) if in_pairs else _known_pairs(mask, start)
     one = lambda x: function(functools.partial(walk, x[0] * at_once // heads), *x[1:])
     flat = [x.reshape(-1, at_once, *x.shape[2:]) for x in arrays]
@@ -200,9 +200,11 @@ def _seen_pairs(mask: jax.Array, height: int, width: int) -> Callable:
 
 def _pair(mask: jax.Array, turned: jax.Array, row: jax.Array, rows: Span, keys: Span) -> Pair:
   """A pair with its part of the masks [B, C, T] and [B, T, C]."""
-  block = lambda x, *spans: jax.lax.dynamic_slice(
-    x, (row, *(s.start for s in spans)), (1, *(s.size for s in spans))
-  )[0]
+
+  def block(x, down, across):
+    starts, sizes = (row, down.start, across.start), (1, down.size, across.size)
+    return jax.lax.dynamic_slice(x, starts, sizes)[0]
+
   return Pair(rows, keys, block(mask, rows, keys), block(turned, keys, rows))
 
 
