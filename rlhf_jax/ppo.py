@@ -20,6 +20,7 @@ import optax
 from rlhf_jax import advantages as advantages_lib
 from rlhf_jax import masked, rollout, sft, surrogate
 from rlhf_jax.networks import heads, likelihood, token_loss
+from rlhf_jax.parallel import rules
 from rlhf_jax.ppo_config import PPOConfig
 from rlhf_jax.training import accumulate, optim
 from rlhf_jax.types import Metrics, Params, Rollout, TokenBatch
@@ -223,6 +224,7 @@ def update(
   config: PPOConfig = learner.config
   batch = experience(config, seen, state.kl_coef)
   order = minibatch_order(keys(state)[1], config)
+  table = rules.table(config.rules)
 
   def optimise(carry, inputs):
     trainable, (policy_opt, critic_opt) = carry
@@ -235,7 +237,9 @@ def update(
       updates, opt = optimizer.update(grad, opt, params)
       moved.append(optax.apply_updates(params, updates))
       opt_states.append(opt)
-    return (tuple(moved), tuple(opt_states)), metrics
+    policy, critic = moved
+    kept = rules.keep({"policy": policy, "critic": critic}, table)
+    return ((kept["policy"], kept["critic"]), tuple(opt_states)), metrics
 
   carry = ((state.policy, state.critic), (state.policy_opt, state.critic_opt))
   carry, metrics = jax.lax.scan(optimise, carry, (order, text))

@@ -61,17 +61,17 @@ def fresh(name):
   return jax.tree.map(jnp.copy, networks()[name])
 
 
-def supervised(mesh, policy=POLICY, micro_batches=1):
+def supervised(mesh, policy=POLICY, micro_batches=1, table=rules.TRANSFORMER):
   """`(compiled step, state, batch)` of SFT."""
   tokens, ones = tiny.random_tokens((B, 8), 1), np.ones((B, 8))
   places = np.tile(np.arange(8, dtype=np.int32), (B, 1))
   mask = (np.arange(8)[None, :] > np.arange(B)[:, None] % 5).astype(np.float32)
   batch = TokenBatch(tokens, ones.astype(np.int32), places, mask)
-  state = rules.place(sft.init(tiny.params(policy, 0), OPTIMIZER), mesh)
+  state = rules.place(sft.init(tiny.params(policy, 0), OPTIMIZER), mesh, table)
   step = functools.partial(
     sft.step, frozen={}, policy=policy, optimizer=OPTIMIZER, micro_batches=micro_batches
   )
-  return rules.compile_step(step, state, mesh), state, mesh_lib.put_batch(mesh, batch)
+  return rules.compile_step(step, state, mesh, table), state, mesh_lib.put_batch(mesh, batch)
 
 
 def ranked(mesh):

@@ -20,6 +20,7 @@ from rlhf_jax.parallel.mesh import MeshConfig
 from rlhf_jax.types import UserError
 
 # The first two are always tested, all of them by `make matrix`.
+AXES = ("data", "fsdp", "tensor")
 MESHES = [(8, 1, 1), (2, 2, 2)]
 MORE = [(1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 1, 4), (1, 4, 2), (1, 2, 4)]
 
@@ -44,14 +45,14 @@ def on_one_device():
   return stages.results(stages.one_device())
 
 
-def assert_split(tree, mesh):
+def assert_split(tree, mesh, axes=("fsdp", "tensor")):
   """Every array of `tree` lies as the table says, each device with its own piece and no more."""
   for array, sharding in zip(*map(jax.tree.leaves, (tree, rules.partition(tree, mesh)))):
     assert array.sharding.is_equivalent_to(sharding, array.ndim)
     piece = sharding.shard_shape(array.shape)
     assert {shard.data.shape for shard in array.addressable_shards} == {piece}
   cut = [x.size // x.addressable_shards[0].data.size for x in jax.tree.leaves(tree)]
-  assert max(cut) == mesh.shape["fsdp"] * mesh.shape["tensor"]
+  assert max(cut) == math.prod(mesh.shape[axis] for axis in axes)
 
 
 @pytest.mark.parametrize("axes", MESHES + [pytest.param(m, marks=pytest.mark.matrix) for m in MORE],
@@ -91,10 +92,13 @@ def test_states_stay_split_from_step_to_step(mesh):
   step, state, batch = stages.supervised(mesh)
   state, _ = step(state, batch)
   assert_split(state.params, mesh)
+  assert_split(state.opt_state, mesh, AXES)
   step, state = stages.improved(mesh)
   state, _ = step(state, stages.rollouts(mesh))
   for tree in (state.policy, state.critic, state.ema):
     assert_split(tree, mesh)
+  for tree in (state.policy_opt, state.critic_opt):
+    assert_split(tree, mesh, AXES)
 
 
 KEPT = """
@@ -143,11 +147,39 @@ def compiled_sft(axes, **changes):
   return step.lower(state, batch).compile(), state
 
 
-def test_where_only_the_batch_is_split_no_parameter_is_gathered():
+def matrices(*trees):
+  """Bytes of each parameter that the table splits, in order of size."""
+  leaves = jax.tree_util.tree_leaves_with_path(trees)
+  return sorted(x.nbytes for path, x in leaves if x.ndim > 1 and "score" not in str(path))
+
+
+def test_where_only_the_batch_is_split_a_parameter_is_gathered_once_when_it_has_moved():
   compiled, state = compiled_sft((8, 1, 1))
-  smallest = min(x.nbytes for x in jax.tree.leaves(state.params) if x.ndim > 1)
-  assert not [size for size in sent(compiled, "all-gather") if size >= smallest]
+  assert sorted(sent(compiled, "all-gather")) == matrices(state.params)
   assert sent(compiled, "all-reduce")  # of the gradients
+
+
+def test_a_loop_over_minibatches_carries_whole_parameters():
+  mesh = mesh_lib.make(MeshConfig(8, 1, 1))
+  step, state = stages.improved(mesh)
+  compiled = step.lower(state, stages.rollouts(mesh)).compile()
+  expected = matrices(state.policy, state.critic)
+  rows = [size for size in sent(compiled, "all-gather") if size < expected[0]]  # of a minibatch
+  assert sorted(sent(compiled, "all-gather")) == sorted(rows + expected)
+
+
+def test_moments_that_are_shared_out_move_parameters_as_whole_ones_do():
+  mesh = mesh_lib.make(MeshConfig(8, 1, 1))
+  whole = ((r"(mu|nu)/", PartitionSpec()), *rules.TRANSFORMER)
+  moved = []
+  for table in (rules.TRANSFORMER, whole):
+    step, state, batch = stages.supervised(mesh, table=table)
+    for _ in range(2):
+      state, metrics = step(state, batch)
+    moved.append(stages.flat((state, metrics)))
+    cut = [x.size // x.addressable_shards[0].data.size for x in jax.tree.leaves(state.opt_state)]
+    assert max(cut) == (1 if table is whole else 8)
+  tiny.assert_trees_close(*moved, rtol=1e-5, atol=1e-6)
 
 
 def test_where_tensors_are_split_no_kernel_is_gathered():
@@ -228,11 +260,15 @@ def test_the_table_covers_whole_train_states_of_both_layouts(mesh, scan_layers):
   assert jax.tree.structure(shardings) == jax.tree.structure(state)
   spec = lambda tree: [s.spec for s in jax.tree.leaves(tree)]
   assert spec(shardings.ema) == spec(shardings.policy)
-  moments = [s for p, s in jax.tree_util.tree_leaves_with_path(shardings.policy_opt)
-             if "kernel" in jax.tree_util.keystr(p)]  # fmt: skip
-  kernels = [s for p, s in jax.tree_util.tree_leaves_with_path(shardings.policy)
-             if "kernel" in jax.tree_util.keystr(p)]  # fmt: skip
-  assert [m.spec for m in moments] == 2 * [k.spec for k in kernels]
+
+  def pieces(layout, tree):
+    flat = zip(jax.tree_util.tree_leaves_with_path(layout), jax.tree.leaves(tree))
+    kernels = [(sharding, x) for (path, sharding), x in flat if "kernel" in rules.path_name(path)]
+    return [mesh_lib.shard_count(sharding, x.shape) for sharding, x in kernels]
+
+  kernels = pieces(shardings.policy, state.policy)
+  moments = pieces(shardings.policy_opt, state.policy_opt)
+  assert moments == 2 * [count * mesh.shape["data"] for count in kernels]
 
 
 def test_the_first_rule_that_matches_wins_and_names_the_last_axes(mesh):
@@ -242,6 +278,28 @@ def test_the_first_rule_that_matches_wins_and_names_the_last_axes(mesh):
   assert got["a"]["kernel"].spec == PartitionSpec(None, "tensor")
   assert got["b"]["kernel"].spec == PartitionSpec(None, "fsdp", None)
   assert got["count"].spec == PartitionSpec()
+
+
+@pytest.mark.parametrize(
+  ("shape", "rule", "expected"),
+  [
+    ((4, 6), ("fsdp", "tensor"), (("fsdp", "data"), "tensor")),  # the first axis that divides
+    ((2, 8), ("fsdp", "tensor"), ("fsdp", ("tensor", "data"))),
+    ((2, 2), ("fsdp", "tensor"), ("fsdp", "tensor")),  # none does
+    ((8, 2, 2), ("fsdp", "tensor"), ("data", "fsdp", "tensor")),  # a stack of layers
+    ((8, 8), (None, None), (None, None)),  # a rule that splits nothing
+  ],
+)
+def test_moments_are_shared_out_over_data_besides(shape, rule, expected):
+  mesh = mesh_lib.make(MeshConfig(2, 2, 2))
+  table = ((r"kernel$", PartitionSpec(*rule)),)
+  tree = {"mu": {"kernel": jnp.zeros(shape)}, "a": {"kernel": jnp.zeros(shape)}}
+  got = rules.partition(tree, mesh, table)
+  assert got["mu"]["kernel"].is_equivalent_to(
+    jax.sharding.NamedSharding(mesh, PartitionSpec(*expected)), len(shape)
+  )
+  stacked = (None,) * (len(shape) - len(rule))
+  assert got["a"]["kernel"].spec == PartitionSpec(*stacked, *rule)
 
 
 def test_a_tensor_without_a_rule_is_an_error_that_names_it(mesh):

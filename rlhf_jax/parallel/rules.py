@@ -2,8 +2,10 @@
 
 A spec names the *last* axes of an array, so one rule serves a layer and a scanned stack of layers.
 The table covers whole train states: optimiser moments and EMA copies end in the same paths as the
-parameters they belong to. Scalars, counters and PRNG keys are replicated without a rule. A network
-gets rules of its own by rows that go before (`table`), since paths begin with its name.
+parameters they belong to. Moments are shared out over `data` besides, so each device moves its part
+of the parameters, and all parts then go to all (ZeRO stage 1, Rajbhandari et al. 2020; Xu et al.
+2020). Scalars, counters and PRNG keys are replicated without a rule. A network gets rules of its
+own by rows that go before (`table`), since paths begin with its name.
 """
 
 import contextlib
@@ -33,6 +35,8 @@ TRANSFORMER: Rules = (
   (r"score/(kernel|bias)$", P()),
   (r"scale$", P()),
 )
+
+MOMENTS = r"(^|/)(mu|nu)/"  # in the paths of Adam's
 
 # What networks call by name while they compute; the batch is over all that splits it.
 ACTIVATIONS: Rules = (
@@ -114,6 +118,20 @@ def compile_step(step: Callable, state: Any, mesh: Mesh, rules: Rules = TRANSFOR
   """Jits `step(state, ...) -> (state, metrics)`; the state is donated and keeps its layout."""
   out_shardings = (partition(state, mesh, rules), NamedSharding(mesh, P()))
   return mesh_lib.jit(step, mesh, donate_argnums=0, out_shardings=out_shardings)
+
+
+def keep(tree: Any, rules: Rules = TRANSFORMER) -> Any:
+  """Arrays as `place` lays them out, in a function of `mesh.jit`; elsewhere as they are.
+
+  For parameters that a loop carries: the compiler might leave them as their moments lie, and gather
+  them wherever they are used.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.shape:
+    return tree
+  spec = lambda path, x: _spec(path_name(path), x.shape, mesh, rules)
+  lay = lambda path, x: jax.lax.with_sharding_constraint(x, spec(path, x))
+  return jax.tree_util.tree_map_with_path(lay, tree)
 
 
 def constrain(tree: Any, name: str, first: int = 0, rules: Rules = ACTIVATIONS) -> Any:
@@ -261,8 +279,19 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
           f"{', '.join(map(repr, mesh.shape))}."
         )
       _check_divides(name, shape, full, mesh)
-      return full
+      return _share_out(full, shape, mesh) if re.search(MOMENTS, name) else full
   raise UserError(f"sharding: no rule matches {name!r} of shape {shape}; add one to the table.")
+
+
+def _share_out(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """The spec with `data` on its first axis that divides; one that splits nothing stays so."""
+  if not any(_names(entry) for entry in spec):
+    return spec
+  for axis, (size, entry) in enumerate(zip(shape, spec)):
+    names = (*_names(entry), "data")
+    if size % _devices(names, mesh.shape) == 0:
+      return P(*spec[:axis], names, *spec[axis + 1 :])
+  return spec
 
 
 def _check_divides(name: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
