@@ -20,7 +20,6 @@ from rlhf_jax.parallel.mesh import MeshConfig
 from rlhf_jax.types import UserError
 
 # The first two are always tested, all of them by `make matrix`.
-AXES = ("data", "fsdp", "tensor")
 MESHES = [(8, 1, 1), (2, 2, 2)]
 MORE = [(1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 1, 4), (1, 4, 2), (1, 2, 4)]
 
@@ -92,13 +91,13 @@ def test_states_stay_split_from_step_to_step(mesh):
   step, state, batch = stages.supervised(mesh)
   state, _ = step(state, batch)
   assert_split(state.params, mesh)
-  assert_split(state.opt_state, mesh, AXES)
+  assert_split(state.opt_state, mesh, stages.AXES)
   step, state = stages.improved(mesh)
   state, _ = step(state, stages.rollouts(mesh))
   for tree in (state.policy, state.critic, state.ema):
     assert_split(tree, mesh)
   for tree in (state.policy_opt, state.critic_opt):
-    assert_split(tree, mesh, AXES)
+    assert_split(tree, mesh, stages.AXES)
 
 
 KEPT = """

@@ -1,8 +1,8 @@
 """The device mesh, from configuration, and how host batches come onto it.
 
-Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor` splits heads,
-feed-forward width and vocabulary. One CPU core, eight GPUs and a TPU slice are the same code with
-other numbers.
+Axes: `data` splits the batch and the optimiser's moments; `fsdp` splits the batch and the
+parameters; `tensor` splits heads, feed-forward width and vocabulary. One CPU core, eight GPUs and a
+TPU slice are the same code with other numbers.
 """
 
 import contextlib
@@ -119,7 +119,8 @@ def _cache(mesh: Mesh):
   A CPU program that jaxlib 0.10 reads back from there no longer runs all exchanges between devices
   in one order: those inside a loop or a condition and those outside of it change places, and two
   devices may wait for each other for ever. So it was where parameters are split, and gathered
-  beside a loop; programs that only split the batch were not seen to wait, and are kept.
+  beside a loop. Programs that split the batch and moments alone gather parameters once their
+  gradients have been added up, were not seen to wait, and are kept.
   """
   splits_parameters = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
   if mesh.devices.flat[0].platform != "cpu" or not splits_parameters:

@@ -129,9 +129,7 @@ def keep(tree: Any, rules: Rules = TRANSFORMER) -> Any:
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.shape:
     return tree
-  spec = lambda path, x: _spec(path_name(path), x.shape, mesh, rules)
-  lay = lambda path, x: jax.lax.with_sharding_constraint(x, spec(path, x))
-  return jax.tree_util.tree_map_with_path(lay, tree)
+  return jax.lax.with_sharding_constraint(tree, partition(tree, mesh, rules))
 
 
 def constrain(tree: Any, name: str, first: int = 0, rules: Rules = ACTIVATIONS) -> Any:
