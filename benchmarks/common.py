@@ -30,6 +30,7 @@ FIRST_ID = 3  # ids below are special
 NEVER = -1  # an id that is never drawn
 MOST_FOREIGN = 0.06  # share of all cores that others may use in a repetition that counts
 PATIENCE = float(os.environ.get("RLHF_BENCH_WAIT", "240"))  # seconds of waiting for quiet, in all
+ATTENTION = ("auto", "how whole rows attend: auto, plain, blocked or fused")
 TURNS = (False, "a call of the first row for each line of input; see compare.py --calls")
 _waited = 0.0
 _turns = False

@@ -43,10 +43,16 @@ def main():
     remat=(False, "blocks are computed again in the backward pass"),
     scan=(False, "one compiled layer"),
     micro_batches=(1, "parts that a minibatch goes through the networks in"),
+    attention=common.ATTENTION,
     turns=common.TURNS,
   )
   networks = common.networks(
-    given.model, given.models, dtype=given.dtype, remat=given.remat, scan_layers=given.scan
+    given.model,
+    given.models,
+    dtype=given.dtype,
+    remat=given.remat,
+    scan_layers=given.scan,
+    attention=given.attention,
   )
   config = numbers(given)
   iterate, state = iteration(networks, config, given.seed)
@@ -74,7 +80,7 @@ def main():
   )
   about = {"kind": "ppo", "peer": "rlhf_jax", "model": given.model, "dtype": given.dtype}
   about |= {"minibatches": given.minibatches, "episodes": given.episodes}
-  about |= {"micro_batches": given.micro_batches}
+  about |= {"micro_batches": given.micro_batches, "attention": given.attention}
   about |= {"cold_seconds": began.seconds, "scores": scores, "limits": limits}
   common.report(given.out, about | found)
 

@@ -27,11 +27,13 @@ def main():
     pairs=(16, "pairs of a step"),
     length=(128, "tokens of an answer"),
     micro_batches=(1, "parts that a batch goes through the network in"),
+    attention=common.ATTENTION,
     turns=common.TURNS,
   )
   B, T, parts = given.pairs, given.length, given.micro_batches
   accumulate.check("reward", B, parts)
-  networks = common.networks(given.model, given.models, dtype=given.dtype)
+  compute = {"dtype": given.dtype, "attention": given.attention}
+  networks = common.networks(given.model, given.models, **compute)
   config, mesh = networks.scalar.config, common.mesh_of(common.devices_for(B // parts))
   optimizer = optim.make(common.adamw(1e-4, clip_norm=1.0), 1_000_000)
   state = rules.place(reward.init(networks.reward_params, optimizer), mesh)
@@ -46,7 +48,7 @@ def main():
   found |= common.rates(found.pop("repetitions"), B, "pairs/s")
   found |= {"bound": bound, "share": found["rate"]["median"] / bound, "limits": limits}
   about = {"kind": "rm", "peer": "rlhf_jax", "model": given.model, "pairs": B, "seq": T}
-  about |= {"micro_batches": parts}
+  about |= {"micro_batches": parts, "attention": given.attention}
   common.report(given.out, about | {"dtype": given.dtype} | found)
 
 

@@ -33,11 +33,17 @@ def main():
     remat=(False, "blocks are computed again in the backward pass"),
     scan=(False, "one compiled layer"),
     micro_batches=(1, "parts that a batch goes through the network in"),
+    attention=common.ATTENTION,
     turns=common.TURNS,
   )
   B, T, D = given.rows, given.length, given.documents
   networks = common.networks(
-    given.model, given.models, dtype=given.dtype, remat=given.remat, scan_layers=given.scan
+    given.model,
+    given.models,
+    dtype=given.dtype,
+    remat=given.remat,
+    scan_layers=given.scan,
+    attention=given.attention,
   )
   config = networks.policy.config
   step, state = begin(networks, B, T, given.micro_batches, D)
@@ -47,7 +53,7 @@ def main():
   found |= common.rates(found.pop("repetitions"), B * T, "tokens/s")
   found |= {"bound": bound, "share": found["rate"]["median"] / bound, "limits": limits}
   about = {"kind": "sft", "peer": "rlhf_jax", "model": given.model, "batch": B, "seq": T}
-  about |= {"documents": D, "micro_batches": given.micro_batches}
+  about |= {"documents": D, "micro_batches": given.micro_batches, "attention": given.attention}
   common.report(given.out, about | {"dtype": given.dtype} | found)
 
 

@@ -41,7 +41,6 @@ CONFIG = tiny.changed(
   policy_optim=OPTIM,
   value_optim=OPTIM,
 )
-LEARNER = ppo.make_learner(POLICY, SCALAR, CONFIG, stem_blocks=0)
 
 
 def one_device() -> Mesh:
@@ -74,7 +73,7 @@ def supervised(mesh, policy=POLICY, micro_batches=1, table=rules.TRANSFORMER):
   return rules.compile_step(step, state, mesh, table), state, mesh_lib.put_batch(mesh, batch)
 
 
-def ranked(mesh):
+def ranked(mesh, micro_batches=1):
   """The same of the reward model: rows of up to two prompts with two or three answers."""
   rng = np.random.default_rng(2)
   ids = lambda length: tiny.random_tokens((length,), int(rng.integers(1_000)))
@@ -95,7 +94,7 @@ def ranked(mesh):
   ]
   state = rules.place(reward.init(fresh("critic"), OPTIMIZER), mesh)
   step = functools.partial(
-    reward.step, frozen={}, network=SCALAR, optimizer=OPTIMIZER, micro_batches=1
+    reward.step, frozen={}, network=SCALAR, optimizer=OPTIMIZER, micro_batches=micro_batches
   )
   batch = mesh_lib.put_batch(mesh, batches.stack(rows))
   return rules.compile_step(step, state, mesh), state, batch
@@ -119,11 +118,13 @@ def rollouts(mesh):
   return mesh_lib.jit(sample, mesh)(*parts)
 
 
-def improved(mesh):
+def improved(mesh, micro_batches=1):
   """The compiled update of PPO and its state."""
-  start = ppo.init(LEARNER, fresh("policy"), fresh("critic"), jax.random.key(5))
+  config = tiny.changed(CONFIG, micro_batches=micro_batches)
+  learner = ppo.make_learner(POLICY, SCALAR, config, stem_blocks=0)
+  start = ppo.init(learner, fresh("policy"), fresh("critic"), jax.random.key(5))
   state = rules.place(start, mesh)
-  update = lambda state, seen: ppo.update(state, ({}, {}), seen, None, LEARNER)
+  update = lambda state, seen: ppo.update(state, ({}, {}), seen, None, learner)
   return rules.compile_step(update, state, mesh), state
 
 

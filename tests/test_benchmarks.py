@@ -53,7 +53,7 @@ def test_generation_says_rate_bound_and_share_of_every_row():
   ("name", "sizes", "unit"),
   [
     ("sft", ("--rows=2", "--length=8"), "tokens/s"),
-    ("sft", ("--rows=2", "--length=9", "--documents=2"), "tokens/s"),
+    ("sft", ("--rows=2", "--length=9", "--documents=2", "--attention=fused"), "tokens/s"),
     ("sft", ("--rows=4", "--length=8", "--micro_batches=2"), "tokens/s"),
     ("reward", ("--pairs=4", "--length=8", "--micro_batches=2"), "pairs/s"),
   ],

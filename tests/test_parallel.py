@@ -17,6 +17,7 @@ from rlhf_jax.networks import heads
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
 from rlhf_jax.parallel.mesh import MeshConfig
+from rlhf_jax.plan import hlo
 from rlhf_jax.types import UserError
 
 # The first two are always tested, all of them by `make matrix`.
@@ -81,10 +82,17 @@ def test_every_stage_gives_the_same_in_one_process_and_in_several(
     tiny.assert_trees_close(dict(found), on_one_device, rtol=1e-5, atol=1e-5)
 
 
-def test_micro_batches_on_a_mesh_give_the_whole_batch(mesh):
-  whole, parts = (stages.supervised(mesh, micro_batches=n) for n in (1, 2))
-  found, expected = (stages.flat(step(state, batch)) for step, state, batch in (parts, whole))
-  tiny.assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("axes", [*MESHES, (4, 2, 1), (4, 1, 2)], ids=name)
+@pytest.mark.parametrize("stage", ["supervised", "ranked", "improved"])
+def test_micro_batches_on_a_mesh_give_the_whole_batch(axes, stage):
+  mesh = mesh_lib.make(MeshConfig(*axes))
+
+  def moved(micro_batches):
+    step, *inputs = getattr(stages, stage)(mesh, micro_batches=micro_batches)
+    inputs = inputs if len(inputs) == 2 else (*inputs, stages.rollouts(mesh))
+    return stages.flat(step(*inputs))
+
+  tiny.assert_trees_close(moved(2), moved(1), rtol=1e-5, atol=1e-5)
 
 
 def test_states_stay_split_from_step_to_step(mesh):
@@ -156,6 +164,17 @@ def test_where_only_the_batch_is_split_a_parameter_is_gathered_once_when_it_has_
   compiled, state = compiled_sft((8, 1, 1))
   assert sorted(sent(compiled, "all-gather")) == matrices(state.params)
   assert sent(compiled, "all-reduce")  # of the gradients
+
+
+@pytest.mark.parametrize("stage", ["supervised", "ranked"])
+def test_gradients_of_micro_batches_are_added_up_over_data_once(stage):
+  mesh = mesh_lib.make(MeshConfig(8, 1, 1))
+
+  def received(micro_batches):
+    step, state, batch = getattr(stages, stage)(mesh, micro_batches=micro_batches)
+    return hlo.cost(step.lower(state, batch).compile().as_text(), 1).sent["all-reduce"]
+
+  assert 0 < received(2) < 1.02 * received(1)
 
 
 def test_a_loop_over_minibatches_carries_whole_parameters():

@@ -2,12 +2,23 @@
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.parallel import mesh as mesh_lib
+
 MASKED = -1e30  # finite, so that a row of padding yields finite (unused) numbers and gradients
+
+
+class Seen(NamedTuple):
+  """Who sees whom: queries [T] of each row, the first axis, and keys [S]."""
+
+  mask: jax.Array  # [B, T, S]
+  # [B, S], where a query sees all of its segment up to its own column; else, or not known, None.
+  segments: jax.Array | None
 
 
 def rotary(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
@@ -22,7 +33,7 @@ def _once(x: jax.Array) -> jax.Array:
 
   It merges all but products into their readers, so this is one, with the identity.
   """
-  if jax.default_backend() != "cpu":
+  if mesh_lib.platform() != "cpu":
     return x
   return jnp.matmul(x, jnp.eye(x.shape[-1]), precision="highest")
 

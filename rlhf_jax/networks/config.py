@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.config import Positive, PositiveInt
 from rlhf_jax.networks import panels
+from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
 from rlhf_jax.types import UserError
 
@@ -22,25 +23,26 @@ class ComputeConfig:
   # Columns of a row whose logits a loss holds at once. None: all; in training on a CPU, what stays
   # in its cache.
   logit_columns: PositiveInt | None
-  # How whole rows attend: all at once, or in blocks if there are several (`blocked.py`); "auto": in
-  # blocks on a CPU.
-  attention: Literal["auto", "plain", "blocked"]
+  # How whole rows attend: all at once, in blocks if there are several (`blocked.py`), or by the
+  # accelerator's own kernels (`fused.py`); "auto": in blocks on a CPU, elsewhere all at once.
+  attention: Literal["auto", "plain", "blocked", "fused"]
   # Whether decoding multiplies with a copy of the kernels in panels (`panels.py`); "auto": on a CPU
   # where a device has few rows. For very few, devices then share the kernels (`in_one_group`).
   panels: Literal["auto", "always", "never"]
 
   @property
-  def in_blocks(self) -> bool:
-    """Whether rows attend in blocks."""
-    on_cpu = jax.default_backend() == "cpu"
-    return self.attention == "blocked" or (self.attention == "auto" and on_cpu)
+  def attends(self) -> str:
+    """How whole rows attend in what is traced here: "plain", "blocked" or "fused"."""
+    if self.attention != "auto":
+      return self.attention
+    return "blocked" if mesh_lib.platform() == "cpu" else "plain"
 
   def in_panels(self, rows: int) -> bool:
     """Whether a decoding step of so many rows multiplies with panels; asked in `mesh.jit`."""
     # A device that has whole kernels reads them for a single row as fast without.
     fewest = 1 if rules.tensor_devices() > 1 else 2
     few = fewest <= rows // rules.row_shards(rows) <= panels.MOST_ROWS
-    fits = jax.default_backend() == "cpu" and few and not rules.gathers_parameters()
+    fits = mesh_lib.platform() == "cpu" and few and not rules.gathers_parameters()
     return self.panels == "always" or (self.panels == "auto" and fits)
 
   def compiler_options(self, rows: int, mesh: Mesh) -> tuple[tuple[str, str], ...]:
@@ -80,7 +82,7 @@ class ModelConfig:
     part of them for all rows, rather than all of them for a part of the rows.
     """
     whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1 < mesh.size
-    if not whole or mesh.is_multi_process or jax.default_backend() != "cpu":
+    if not whole or mesh.is_multi_process or mesh.devices.flat[0].platform != "cpu":
       return False
     shared = self.n_heads, self.n_kv_heads, self.d_ff, self.vocab_size
     divides = all(count % mesh.size == 0 for count in shared)

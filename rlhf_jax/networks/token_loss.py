@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.networks import heads
 from rlhf_jax.networks.likelihood import Likelihood, of_logits
+from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.parallel import rules
 from rlhf_jax.types import Params
 
@@ -51,7 +52,7 @@ def total(
   """
   B, T = tokens.shape
   own = B // rules.row_shards(B)
-  on_cpu, columns = jax.default_backend() == "cpu", policy.config.compute.logit_columns
+  on_cpu, columns = mesh_lib.platform() == "cpu", policy.config.compute.logit_columns
   columns = min(columns or (max(1, TOKENS // own) if on_cpu else T), T)
   kernel = policy.apply({"params": params}, method="head_kernel")
   return _total(losses, temperature, columns, kernel, hidden, tokens, known)

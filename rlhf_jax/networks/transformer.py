@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.networks import attention, blocked, panels
-from rlhf_jax.networks.attention import attention_mask, rotary, rotate
+from rlhf_jax.networks import attention, blocked, fused, panels
+from rlhf_jax.networks.attention import Seen, attention_mask, rotary, rotate
 from rlhf_jax.networks.cache import KVCache, write
 from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.networks.gradients import product, swiglu
@@ -42,7 +42,7 @@ class Attention(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x, layer_cache, index, mask, angles, picked=None, span=None):
+  def __call__(self, x, layer_cache, index, seen, angles, picked=None, span=None):
     c, pick = self.config, functools.partial(_pick, picked=picked, span=span)
     heads = {"query": c.n_heads, "key": c.n_kv_heads, "value": c.n_kv_heads}
     layers = [_linear(c, (n, c.head_dim), name, alone=False) for name, n in heads.items()]
@@ -56,11 +56,14 @@ class Attention(nn.Module):
       # The barrier keeps XLA from fusing the update into its readers, which would need the old
       # cache as well and so copy every layer's cache on every decoded token.
       key, value = jax.lax.optimization_barrier((key, value))
-    whole_rows = layer_cache is None and picked is None and x.shape[1] > blocked.BLOCK
-    if whole_rows and c.compute.in_blocks:
-      mixed = blocked.attend(query, key, value, pick(mask), span[0] if span else 0)
+    whole_rows, start = layer_cache is None and picked is None, span[0] if span else 0
+    how, mask = c.compute.attends if whole_rows else "plain", pick(seen.mask)
+    if how == "fused":
+      mixed = fused.attend(query, key, value, seen._replace(mask=mask), start)
+    elif how == "blocked" and x.shape[1] > blocked.BLOCK:
+      mixed = blocked.attend(query, key, value, mask, start)
     else:
-      mixed = attention.attend(query, key, value, pick(mask), before)
+      mixed = attention.attend(query, key, value, mask, before)
     mixed = constrain(mixed, "heads")
     out = _linear(c, c.d_model, "out", c.n_layers, axis=(-2, -1))(mixed)
     return out, (None if layer_cache is None else (key, value))
@@ -88,10 +91,10 @@ class Block(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x, layer_cache, index, mask, angles, picked=None, span=None):
+  def __call__(self, x, layer_cache, index, seen, angles, picked=None, span=None):
     norm = lambda name: RMSNorm(self.config.norm_eps, name=name)
     mixed, layer_cache = Attention(self.config, name="attn")(
-      norm("attn_norm")(x), layer_cache, index, mask, angles, picked, span
+      norm("attn_norm")(x), layer_cache, index, seen, angles, picked, span
     )
     x = constrain(_pick(x, picked, span) + mixed, "stream")
     x = x + MLP(self.config, name="mlp")(norm("mlp_norm")(x))
@@ -157,11 +160,12 @@ class Transformer(nn.Module):
     caches = () if cache is None else (*cache.before, cache)
     keys = jnp.concatenate([c.segments for c in caches], axis=1) if caches else segments
     start = sum(c.segments.shape[1] for c in cache.before) + cache.index if caches else 0
-    mask = attention_mask(segments, keys, start, branches)
+    by_segment = segments if cache is None and branches is None else None
+    seen = Seen(attention_mask(segments, keys, start, branches), by_segment)
     angles = rotary(positions, self.config.head_dim, self.config.rope_base)
     x = inputs if first_block else self._embed(inputs)
     blocks = (first_block, self.config.n_layers)
-    x, keys_values = self._layers(x, caches, mask, angles, blocks, columns)
+    x, keys_values = self._layers(x, caches, seen, angles, blocks, columns)
     if cache is not None:
       keys, values = keys_values
       cache = cache.replace(keys=keys, values=values, index=cache.index + segments.shape[1])
@@ -170,22 +174,22 @@ class Transformer(nn.Module):
   def stem(self, tokens, positions, segments, blocks: int) -> jax.Array:
     """The stream [B, T, D] after the first `blocks` blocks, to share between networks."""
     angles = rotary(positions, self.config.head_dim, self.config.rope_base)
-    mask = attention_mask(segments, segments, 0)
-    return self._layers(self._embed(tokens), (), mask, angles, (0, blocks), None)[0]
+    seen = Seen(attention_mask(segments, segments, 0), segments)
+    return self._layers(self._embed(tokens), (), seen, angles, (0, blocks), None)[0]
 
-  def _layers(self, x, caches, mask, angles, blocks, columns):
+  def _layers(self, x, caches, seen, angles, blocks, columns):
     """The blocks from one to another; returns the stream, and keys and values of the last cache."""
     index = caches[-1].index if caches else None
     of_caches = lambda pick: tuple((pick(c.keys), pick(c.values)) for c in caches) or None
     picked, span = (None, columns) if isinstance(columns, tuple) else (columns, None)
     if self.config.compute.scan_layers:
-      x, updated = self.blocks(x, of_caches(lambda layers: layers), index, mask, angles)
+      x, updated = self.blocks(x, of_caches(lambda layers: layers), index, seen, angles)
       return _pick(x, picked, span), updated
     updated = []
     for i in range(*blocks):
       layer_cache = of_caches(lambda layers, i=i: layers[i])
       last = (picked, span) if i == blocks[1] - 1 else (None, None)
-      x, layer_cache = self.blocks[i](x, layer_cache, index, mask, angles, *last)
+      x, layer_cache = self.blocks[i](x, layer_cache, index, seen, angles, *last)
       updated.append(layer_cache)
     return x, tuple(zip(*updated)) if caches else None
 

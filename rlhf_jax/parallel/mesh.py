@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -32,13 +32,13 @@ class MeshConfig:
   tensor: PositiveInt
 
 
-def make(config: MeshConfig) -> Mesh:
-  """A mesh over all devices.
+def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh over all devices, or over some that may be elsewhere (`rlhf_jax.plan`).
 
   Raises:
     UserError: the axes do not multiply to the number of devices.
   """
-  count = jax.device_count()
+  count = len(devices or jax.devices())
   inner = config.fsdp * config.tensor
   data = count // inner if config.data == -1 else config.data
   if data * inner != count:
@@ -48,7 +48,8 @@ def make(config: MeshConfig) -> Mesh:
     )
   # Auto axes: the compiler places intermediate values, the tables place parameters and batches.
   axis_types = (AxisType.Auto,) * 3
-  return jax.make_mesh((data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), axis_types)
+  sizes, names = (data, config.fsdp, config.tensor), ("data", "fsdp", "tensor")
+  return jax.make_mesh(sizes, names, axis_types, devices=devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +134,12 @@ def _cache(mesh: Mesh):
     yield
   finally:
     jax.config.update(name, usual)
+
+
+def platform() -> str:
+  """What a function is traced for: "cpu", "gpu" or "tpu"; in one of `jit`, what its mesh is of."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
 
 
 def batch_devices(mesh: Mesh) -> int:

@@ -68,10 +68,19 @@ def one_group(when: bool = True) -> Iterator[None]:
 
 def _here(spec: P) -> P:
   """The spec with the axes that it means here."""
-  if not _in_one_group.get():
-    return spec
-  here = {"data": (), "fsdp": (), "tensor": ("data",)}
-  return P(*(sum((here[name] for name in _names(entry)), ()) for entry in spec))
+  means = {"data": (), "fsdp": (), "tensor": ("data",)} if _in_one_group.get() else {}
+  axes = _axes()
+  here = lambda name: tuple(axis for axis in means.get(name, (name,)) if axis in axes)
+  return P(*(sum(map(here, _names(entry)), ()) for entry in spec))
+
+
+def _axes() -> Mapping[str, int]:
+  """Devices along each axis that arrays are split over where this is asked: none out of `mesh.jit`.
+
+  In a function of its own rows (`sum_over_data`) those rows are all that there are.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
 
 
 def table(rows: Iterable[Row]) -> Rules:
@@ -158,7 +167,7 @@ def own_rows_and_heads(function: Callable, rows: int, heads: int) -> Callable:
   The mask is [B, ...], the arrays and results are [B, heads, ...]. So a loop over them stays on the
   device. An axis that does not divide is whole everywhere; out of `mesh.jit` all are.
   """
-  axes = jax.sharding.get_abstract_mesh().shape
+  axes = _axes()
   if not axes:
     return function
   whole_spec = _here(next(spec for pattern, spec in ACTIVATIONS if re.search(pattern, "heads")))
@@ -167,10 +176,27 @@ def own_rows_and_heads(function: Callable, rows: int, heads: int) -> Callable:
 
   def split(mask: jax.Array, *arrays: jax.Array):
     specs = (P(row), *(P(row, head) for _ in arrays))
-    local = jax.shard_map(function, in_specs=specs, out_specs=P(row, head), check_vma=False)
-    return local(mask, *arrays)
+    sharding = {"in_specs": specs, "out_specs": P(row, head), "axis_names": set(axes)}
+    return jax.shard_map(function, **sharding, check_vma=False)(mask, *arrays)
 
   return split
+
+
+def sum_over_data(function: Callable, rows: int) -> Callable:
+  """`function(whole, batch) -> sums` on the rows of each part of `data` alone, in `mesh.jit`.
+
+  The batch is [B, ...], the results are sums over rows. They are added up when all is done, not in
+  the loops of `function`, as the compiler would. It does where rows do not split, and where `fsdp`
+  and `tensor` both split parameters: jaxlib 0.10 cannot compile the rest of `function` then.
+  """
+  axes = _axes()
+  splitting = [name for name, size in axes.items() if size > 1 and name != "data"]
+  if axes.get("data", 1) == 1 or rows % axes["data"] or len(splitting) > 1:
+    return function
+  added = lambda whole, batch: jax.lax.psum(function(whole, batch), "data")
+  names = set(axes).difference(splitting)
+  sharding = {"in_specs": (P(), P("data")), "out_specs": P(), "axis_names": names}
+  return jax.shard_map(added, **sharding, check_vma=False)
 
 
 def sum_over_rows(function: Callable, rows: int) -> Callable:
@@ -179,41 +205,37 @@ def sum_over_rows(function: Callable, rows: int) -> Callable:
   Arrays and columns are [B, ...]. Sums over rows are added up when all is done, not in the loops of
   `function`, as the compiler would. Where `tensor` splits what is whole, it is the compiler's.
   """
-  axes = jax.sharding.get_abstract_mesh().shape
-  if row_shards(rows) == 1 or axes["tensor"] > 1:
+  axes = _axes()
+  if row_shards(rows) == 1 or tensor_devices() > 1:
     return function
-  row = P(*mesh_lib.BATCH)
+  row = _here(mesh_lib.BATCH)
 
   def added(whole, *arrays):
     sums, columns = function(whole, *arrays)
-    return jax.lax.psum(sums, mesh_lib.BATCH[0]), columns
+    return jax.lax.psum(sums, row[0]), columns
 
   def split(whole, *arrays):
     specs = (P(), *(row for _ in arrays))
-    return jax.shard_map(added, in_specs=specs, out_specs=(P(), row), check_vma=False)(
-      whole, *arrays
-    )
+    sharding = {"in_specs": specs, "out_specs": (P(), row), "axis_names": set(axes)}
+    return jax.shard_map(added, **sharding, check_vma=False)(whole, *arrays)
 
   return split
 
 
 def row_shards(rows: int) -> int:
   """Over how many devices a batch of so many rows is split, in a function of `mesh.jit`."""
-  axes = jax.sharding.get_abstract_mesh().shape
-  devices = _devices(_here(mesh_lib.BATCH)[0], axes) if axes else 1
+  devices = _devices(_here(mesh_lib.BATCH)[0], _axes())
   return devices if rows % devices == 0 else 1
 
 
 def gathers_parameters() -> bool:
   """Whether devices get parameters from each other to compute with, in a function of `mesh.jit`."""
-  axes = jax.sharding.get_abstract_mesh().shape
-  return bool(axes) and axes["fsdp"] > 1
+  return _axes().get("fsdp", 1) > 1
 
 
 def tensor_devices() -> int:
   """Over how many devices heads, feed-forward width and vocabulary are split, in `mesh.jit`."""
-  axes = jax.sharding.get_abstract_mesh().shape
-  return _devices(_here(P("tensor"))[0], axes) if axes else 1
+  return _devices(_here(P("tensor"))[0], _axes())
 
 
 def own_part(function: Callable, axis: int, out_axis: int) -> Callable:
@@ -242,7 +264,7 @@ def own_part(function: Callable, axis: int, out_axis: int) -> Callable:
 
 def _lay_out(x: jax.Array, spec: P) -> jax.Array:
   """`x` by as many of each axis's names, from the first on, as divide its size."""
-  axes = jax.sharding.get_abstract_mesh().shape
+  axes = _axes()
   if not axes:
     return x
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.parallel import rules
 from rlhf_jax.types import Metrics, Params, UserError
 
 # `(params, batch) -> (mean, (weight, sums))`: the mean loss over `weight` items (tokens, prompts),
@@ -19,7 +20,8 @@ def value_and_grad(
   """Mean loss, sums and gradient of a batch, as if it had been taken at once.
 
   Micro-batches hold different numbers of items, so their means do not average to the mean; what is
-  added up is mean x weight, and the sum of weights divides at the end.
+  added up is mean x weight, and the sum of weights divides at the end. Each part of a mesh's `data`
+  adds up its own rows, and gradients go from one to another once for all micro-batches.
   """
 
   def total(params: Params, part: Any) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
@@ -27,14 +29,19 @@ def value_and_grad(
     return mean * weight, (weight, sums)
 
   run = jax.value_and_grad(total, has_aux=True)
-  if micro_batches == 1:
-    found = run(params, batch)
-  else:
+
+  def over_parts(params: Params, batch: Any):
     parts = split(batch, micro_batches)
     shapes = jax.eval_shape(run, params, jax.tree.map(lambda x: x[0], parts))
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     add = lambda seen, part: (jax.tree.map(jnp.add, seen, run(params, part)), None)
-    found, _ = jax.lax.scan(add, nothing, parts)
+    return jax.lax.scan(add, nothing, parts)[0]
+
+  if micro_batches == 1:
+    found = run(params, batch)
+  else:
+    rows = len(jax.tree.leaves(batch)[0]) // micro_batches
+    found = rules.sum_over_data(over_parts, rows)(params, batch)
   (value, (weight, sums)), grads = found
   scale = 1.0 / jnp.maximum(weight, 1.0)
   return value * scale, sums, jax.tree.map(lambda g: g * scale, grads)

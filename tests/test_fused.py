@@ -1,0 +1,125 @@
+"""Attention by kernels of accelerators gives what plain attention gives, forwards and backwards.
+
+What runs here is XLA's form of the function that cuDNN's kernel computes, and splash attention in
+jax's emulator of a TPU. `test_plan.py` compiles it for a TPU where the compiler is installed.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from rlhf_jax.networks import attention, fused, pretrained
+from rlhf_jax.networks.transformer import Transformer
+from rlhf_jax.parallel import mesh as mesh_lib
+from rlhf_jax.parallel.mesh import MeshConfig
+from rlhf_jax.types import UserError
+
+# B, T, N, G, H: lengths that are filled up for both kernels, and one that is not.
+SHAPES = [(2, 33, 4, 2, 8), (1, 256, 4, 1, 16), (3, 390, 2, 2, 8)]
+
+
+def inputs(shape, dtype=jnp.float32):
+  """Query, key, value, segments of rows that end in padding, and a gradient of the output."""
+  B, T, N, G, H = shape
+  rng = np.random.default_rng(T)
+  draw = lambda *size: jnp.asarray(rng.normal(size=size), dtype)
+  segments = np.sort(rng.integers(1, 4, (B, T)), axis=1)
+  segments[:, T - T // 5 :] = 0
+  gradient = jnp.where((segments > 0)[:, :, None, None], draw(B, T, N, H), 0.0).astype(dtype)
+  return draw(B, T, N, H), draw(B, G, T, H), draw(B, G, T, H), jnp.asarray(segments), gradient
+
+
+def plain(query, key, value, segments, start):
+  mask = attention.attention_mask(segments, segments, 0)[:, start : start + query.shape[1]]
+  return attention.attend(query, key, value, mask)
+
+
+def cudnn(query, key, value, segments, start):
+  mask = attention.attention_mask(segments, segments, 0)[:, start : start + query.shape[1]]
+  return fused.by_cudnn(query, key, value, mask, start, "xla")
+
+
+splash = functools.partial(fused.by_splash, interpret=True)
+
+
+def both_ways(attend, start, end, query, key, value, segments, gradient):
+  """Outputs of real tokens from `start` to `end`, and the gradients of all inputs."""
+  query, gradient = query[:, start:end], gradient[:, start:end]
+  out, back = jax.vjp(lambda *x: attend(*x, segments, start), query, key, value)
+  real = (segments > 0)[:, start:end, None, None]
+  return jnp.where(real, out, 0.0), back(gradient)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("attend", [cudnn, splash], ids=["cudnn", "splash"])
+@pytest.mark.parametrize("span", [(0, None), (0, -1), (7, -1)], ids=str)
+def test_outputs_and_gradients_are_those_of_plain_attention(attend, shape, span):
+  some = inputs(shape)
+  found = jax.jit(functools.partial(both_ways, attend, *span))(*some)
+  expected = jax.jit(functools.partial(both_ways, plain, *span))(*some)
+  tiny.assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)
+  assert np.abs(jax.tree.leaves(expected)[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("attend", [cudnn, splash], ids=["cudnn", "splash"])
+def test_each_device_attends_to_its_own_rows_and_heads(attend):
+  some = inputs((4, 130, 4, 2, 8))
+  step = functools.partial(both_ways, attend, 0, None)
+  mesh = mesh_lib.make(MeshConfig(2, 2, 2))
+  compiled = mesh_lib.jit(step, mesh).lower(*some).compile()
+  found, expected = compiled(*some), jax.jit(step)(*some)
+  tiny.assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(params=["cpu", "tpu"])
+def platform(request, monkeypatch):
+  """What is traced is for where the tests run, or for a TPU, whose kernel is emulated."""
+  if request.param == "tpu":
+    monkeypatch.setattr(mesh_lib, "platform", lambda: "tpu")
+    monkeypatch.setattr(fused, "by_splash", splash)
+
+
+@pytest.mark.parametrize(
+  ("columns", "branched", "changes"),
+  [
+    (None, False, {}),
+    (None, True, {}),
+    ("picked", True, {"remat": True}),
+    ((20, 39), False, {"remat": True}),
+    ((20, 39), False, {"scan_layers": True}),
+  ],
+  ids=str,
+)
+@pytest.mark.usefixtures("platform")
+def test_a_network_attends_alike_however_it_is_computed(columns, branched, changes):
+  B, T = 3, 40
+  params = {"trunk": tiny.params(tiny.SCALAR, 0)["trunk"]}
+  params = (pretrained.stack_layers(params) if "scan_layers" in changes else params)["trunk"]
+  tokens, segments = tiny.random_tokens((B, T), 0), jnp.asarray(np.repeat([[1, 2]], T // 2, axis=1))
+  rows = tokens, jnp.tile(jnp.arange(T // 2), (B, 2)), jnp.tile(segments, (B, 1))
+  if columns == "picked":
+    columns = jnp.array([[5, 30], [0, 39], [21, 20]])
+  branches = jnp.tile(jnp.arange(T) // 5 % 4, (B, 1)) if branched else None
+
+  def states(how):
+    compute = {f"compute__{name}": value for name, value in changes.items()}
+    network = Transformer(tiny.changed(tiny.MODEL, compute__attention=how, **compute))
+    run = lambda params: network.apply(
+      {"params": params}, *rows, branches=branches, columns=columns
+    )[0]
+    loss = lambda params: jnp.mean(jnp.sin(run(params)))
+    return jax.jit(lambda params: (run(params), jax.grad(loss)(params)))(params)
+
+  tiny.assert_trees_close(states("fused"), states("plain"), rtol=1e-4, atol=1e-6)
+
+
+def test_float32_on_a_gpu_is_refused(monkeypatch):
+  monkeypatch.setattr(mesh_lib, "platform", lambda: "gpu")
+  query, key, value, segments, _ = inputs(SHAPES[0])
+  seen = attention.Seen(attention.attention_mask(segments, segments, 0), segments)
+  with pytest.raises(UserError, match="needs dtype 'bfloat16', and it is 'float32'"):
+    fused.attend(query, key, value, seen)
