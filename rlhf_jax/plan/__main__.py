@@ -9,7 +9,9 @@ chip's peak rates allow, with the bottleneck; and what to change where it does n
 status 3 where something does not fit.
 
 The CPU compiler lays matrix products of bfloat16 out in float32, so intermediate values and
-collectives of such a model are upper estimates, by up to a factor of two.
+collectives of such a model are upper estimates, by up to a factor of two. --compiler=tpu compiles
+with libtpu for a slice of --chip instead, and no TPU is needed: sizes are those of that slice, and
+beside the least time stands the one that its compiler thinks the program takes.
 """
 
 import os
@@ -42,7 +44,7 @@ import rich.table
 from rlhf_jax import config as config_lib
 from rlhf_jax.experiment import ExperimentConfig, check_batches
 from rlhf_jax.parallel import mesh as mesh_lib
-from rlhf_jax.plan import programs, roofline
+from rlhf_jax.plan import programs, roofline, topology
 from rlhf_jax.plan.roofline import CHIPS, GIGA, Chip
 from rlhf_jax.types import UserError
 
@@ -51,6 +53,7 @@ TABLE_WIDTH = 120  # columns
 OPTIONS = {
   "devices": launch.Option(8, "how many devices to plan for"),
   "chip": launch.Option("h200", f"which device: {', '.join(CHIPS)}; sets the four below"),
+  "compiler": launch.Option("cpu", "cpu, or tpu for that of a TPU (pip install 'rlhf_jax[tpu]')"),
   "memory": launch.Option(0.0, "GB of a device; 0 as the chip has"),
   "flops": launch.Option(0.0, "dense bfloat16 TFLOP/s of a device; 0 as the chip has"),
   "bandwidth": launch.Option(0.0, "GB/s from a device's memory; 0 as the chip has"),
@@ -58,21 +61,25 @@ OPTIONS = {
 }
 
 
-def main(config, workdir, devices, chip, memory, flops, bandwidth, interconnect):
+def main(config, workdir, devices, chip, compiler, memory, flops, bandwidth, interconnect):
   if chip not in CHIPS:
     raise UserError(f"argument --chip={chip}: known are {', '.join(CHIPS)}.")
+  if compiler not in ("cpu", "tpu"):
+    raise UserError(f"argument --compiler={compiler}: known are cpu and tpu.")
+  on = topology.tpus(chip, devices) if compiler == "tpu" else None
   known = CHIPS[chip]
   chip = Chip(
     memory * GIGA or known.memory,
     flops * 1e12 or known.flops,
     bandwidth * GIGA or known.bandwidth,
     interconnect * GIGA or known.interconnect,
+    known.clock,
   )
   for name, choice in (("attention", "plain"), ("panels", "never")):
     if config.model.compute[name] == "auto":  # as it is on a chip, not on this machine's CPU
       config_lib.override(config, f"model.compute.{name}", choice)
   built = config_lib.build(ExperimentConfig, config)
-  mesh = mesh_lib.make(built.mesh)
+  mesh = mesh_lib.make(built.mesh, on)
   check_batches(built, mesh)
   found = []
   for program in programs.of_run(built, mesh):
@@ -112,10 +119,13 @@ def time_table(found):
   columns = ("matmuls", "moved", "received", "compute", "memory", "interconnect", "bottleneck")
   for name in columns:
     table.add_column(name, justify="right", no_wrap=True)
+  if any(f.thought for f in found):
+    table.add_column("estimate", justify="right", no_wrap=True)
   for f in found:
     work = short(f.flops, "FLOP"), short(f.moved, "B"), short(sum(f.sent.values()), "B")
     times = (short(f.seconds[kind], "s") for kind in ("compute", "memory", "interconnect"))
-    table.add_row(f.name, *work, *times, f.bottleneck)
+    thought = (short(f.thought, "s"),) if f.thought else ()
+    table.add_row(f.name, *work, *times, f.bottleneck, *thought)
   return table
 
 

@@ -1,7 +1,9 @@
 """What a compiled program does on one device, read from the text of its HLO.
 
 Counted are matrix products and what devices send each other, each as often as its loop goes round.
-XLA's own cost analysis counts the body of a loop once, which under `scan_layers` is one layer.
+XLA's own cost analysis counts the body of a loop once, which under `scan_layers` is one layer. The
+text is that of XLA's compiler for CPUs or of the one for TPUs, where products are convolutions,
+loops do not say how often they go round, and instructions have the cycles that they should take.
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2}
+SCATTERED = "all-reduce-scatter"  # how a TPU's compiler names a fusion of an all-reduce
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -18,10 +21,11 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 class Cost:
   """Of one run of a program, on one device."""
 
-  flops: float = 0.0  # of matrix products, two for a multiply-add
+  flops: float = 0.0  # of matrix products, two for a multiply-add; in no kernel of a library
   bytes: float = 0.0  # that these products read and write, if nothing stays in cache
   sent: Counter = dataclasses.field(default_factory=Counter)  # bytes that arrive, by collective
   times: Counter = dataclasses.field(default_factory=Counter)  # how often, by collective
+  cycles: float = 0.0  # by the compiler's estimate; 0 where it makes none
 
   def __add__(self, other: "Cost") -> "Cost":
     return Cost(
@@ -29,11 +33,13 @@ class Cost:
       self.bytes + other.bytes,
       self.sent + other.sent,
       self.times + other.times,
+      self.cycles + other.cycles,
     )
 
   def __mul__(self, times: float) -> "Cost":
     scaled = lambda counter: Counter({k: v * times for k, v in counter.items()})
-    return Cost(self.flops * times, self.bytes * times, scaled(self.sent), scaled(self.times))
+    counters = scaled(self.sent), scaled(self.times)
+    return Cost(self.flops * times, self.bytes * times, *counters, self.cycles * times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +49,16 @@ class Instruction:
   name: str
   type: str
   opcode: str
-  operands: tuple[str, ...]
+  given: str  # between its parentheses
   rest: str  # attributes
+
+  @property
+  def operands(self) -> tuple[str, ...]:
+    """The names of the instructions whose results it takes."""
+    return tuple(re.findall(r"%([\w.\-]+)", self.given))
+
+
+Scope = dict[str, Instruction]  # those of a computation, by name
 
 
 def cost(text: str, unknown_trips: int) -> Cost:
@@ -56,16 +70,18 @@ def cost(text: str, unknown_trips: int) -> Cost:
 
   def of(name: str) -> Cost:
     if name not in known:
+      scope = {i.name: i for i in computations[name]}
       types = {i.name: i.type for i in computations[name]}
-      known[name] = sum((one(i, types) for i in computations[name]), Cost())
+      known[name] = sum((one(i, scope, types) for i in computations[name]), Cost())
+      if name.startswith(SCATTERED):
+        known[name] = _scattered(known[name])
     return known[name]
 
-  def one(instruction: Instruction, types: dict[str, str]) -> Cost:
+  def one(instruction: Instruction, scope: Scope, types: dict[str, str]) -> Cost:
     found = own_cost(instruction, types, devices)
     trips = 1
     if instruction.opcode == "while":
-      stated = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
-      trips = int(stated[1]) if stated else unknown_trips
+      trips = _trips(instruction, scope, computations) or unknown_trips
     for called in called_by(instruction):
       if called in computations:
         found += of(called) * trips
@@ -90,13 +106,15 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 def own_cost(instruction: Instruction, types: dict[str, str], devices: int) -> Cost:
   """What an instruction costs without what it calls."""
   opcode = instruction.opcode.removesuffix("-start")
-  if opcode == "dot":
+  estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+  cycles = float(estimate[1]) if estimate else 0.0
+  if opcode in PRODUCTS:
     moved = sum(size_of(types[name]) for name in instruction.operands) + size_of(instruction.type)
-    return Cost(flops=_dot_flops(instruction, types), bytes=moved)
+    return Cost(flops=PRODUCTS[opcode](instruction, types), bytes=moved, cycles=cycles)
   if opcode in COLLECTIVES:
     sent = _sent(opcode, instruction, types, devices)
-    return Cost(sent=Counter({opcode: sent}), times=Counter({opcode: 1}))
-  return Cost()
+    return Cost(sent=Counter({opcode: sent}), times=Counter({opcode: 1}), cycles=cycles)
+  return Cost(cycles=cycles)
 
 
 def called_by(instruction: Instruction) -> Iterator[str]:
@@ -126,22 +144,87 @@ def _dot_flops(instruction: Instruction, types: dict[str, str]) -> float:
   return 2.0 * math.prod(out) * summed
 
 
+def _convolution_flops(instruction: Instruction, types: dict[str, str]) -> float:
+  """Of a matrix product that is written as a convolution.
+
+  Of a batch of B products [M, K] x [K, N] the operands and the result have B M K, B K N and B M N
+  numbers, whatever axes these letters stand for; B is in all three, or a number of groups.
+  """
+  arrays = [arrays_of(types[name])[0][1] for name in instruction.operands]
+  arrays.append(arrays_of(instruction.type)[0][1])
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest).groups()
+  groups = map(int, re.findall(r"(?:feature|batch)_group_count=(\d+)", instruction.rest))
+  sizes = [dict(zip(*pair)) for pair in zip(labels, arrays)]
+  window = filter(str.isdigit, labels[0])
+  in_all = (sizes[0][axis] for axis in window if len({of[axis] for of in sizes}) == 1)
+  batch = math.prod(groups) * math.prod(in_all)
+  return 2.0 * math.sqrt(math.prod(map(math.prod, arrays)) / batch)
+
+
+PRODUCTS = {"dot": _dot_flops, "convolution": _convolution_flops}
+
+
+def _trips(
+  loop: Instruction, scope: Scope, computations: dict[str, list[Instruction]]
+) -> int | None:
+  """How often a loop goes round: as it says, or up to the constant that its counter stays below."""
+  stated = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+  if stated:
+    return int(stated[1])
+  condition = re.search(r"condition=%([\w.\-]+)", loop.rest)[1]
+  inside = {i.name: i for i in computations[condition]}
+  carried = scope[loop.operands[0]]
+
+  def number(name: str, where: Scope) -> int | None:
+    found = where.get(name)
+    if found is None:
+      return None
+    if found.opcode == "constant":
+      return int(found.given) if found.given.isdigit() else None
+    if found.opcode == "get-tuple-element" and where is inside and carried.opcode == "tuple":
+      index = int(re.search(r"index=(\d+)", found.rest)[1])
+      return number(carried.operands[index], scope)
+    return number(found.operands[0], where) if found.opcode in ("copy", "bitcast") else None
+
+  below = [i for i in inside.values() if i.opcode == "compare" and "direction=LT" in i.rest]
+  limits = [number(i.operands[1], inside) for i in below]
+  return max((limit for limit in limits if limit is not None), default=None)
+
+
+def _scattered(cost: Cost) -> Cost:
+  """An all-reduce of which each device keeps its part, so that half as much is sent."""
+  counts = lambda kinds, share: Counter({"reduce-scatter": kinds["all-reduce"] * share})
+  return dataclasses.replace(cost, sent=counts(cost.sent, 0.5), times=counts(cost.times, 1))
+
+
 def _sent(opcode: str, instruction: Instruction, types: dict[str, str], devices: int) -> float:
   """Bytes that a device receives, by the ring algorithms."""
   n = _group_size(instruction.rest) or devices
-  moved = size_of(instruction.type)
+  moved, given = (
+    sum(map(size_of, texts))
+    for texts in ((instruction.type,), map(types.get, instruction.operands))
+  )
   if opcode == "reduce-scatter":
-    moved = sum(size_of(types[name]) for name in instruction.operands)
+    moved = given
+  elif instruction.opcode in ("all-gather-start", "collective-permute-start"):
+    moved -= given  # operands are among the results
   if opcode == "collective-permute":
     return moved
   return moved * (n - 1) / n * (2 if opcode == "all-reduce" else 1)
 
 
 def _group_size(attributes: str) -> int:
-  """Devices that take part, from `replica_groups=[4,2]<=...` or `{{0,4},{1,5}}`; 0: all."""
+  """Devices that take part, of `replica_groups`; 0: all.
+
+  They are `[4,2]<=...`, or `{{0,4},{1,5}}`, or `mesh['a'=4,'b'=2] {'b'}`, here always 2.
+  """
   iota = re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]", attributes)
   if iota:
     return int(iota[1])
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+  if named:
+    sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'\w+'", named[2]))
   listed = re.search(r"replica_groups=\{\{([0-9,]+)\}", attributes)
   return len(listed[1].split(",")) if listed else 0
 
@@ -152,8 +235,7 @@ def _instruction(line: str) -> Instruction:
   type_text, call = right[:end], right[end:].lstrip()
   opcode, _, rest = call.partition("(")
   end = _closing("(" + rest) - 1
-  operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
-  return Instruction(name.lstrip("%"), type_text, opcode, operands, rest[end:])
+  return Instruction(name.lstrip("%"), type_text, opcode, rest[: end - 1], rest[end:])
 
 
 def _closing(text: str) -> int:

@@ -18,15 +18,16 @@ class Chip:
   flops: float  # a second, dense, bfloat16
   bandwidth: float  # bytes a second from its memory
   interconnect: float  # bytes a second from the other devices, one way
+  clock: float = 0.0  # cycles a second, of a TPU
 
 
 CHIPS = {
   "a100": Chip(80e9, 312e12, 2_039e9, 300e9),
   "h100": Chip(80e9, 989e12, 3_350e9, 450e9),
   "h200": Chip(141e9, 989e12, 4_800e9, 450e9),
-  "v5e": Chip(16e9, 197e12, 819e9, 100e9),
-  "v5p": Chip(95e9, 459e12, 2_765e9, 300e9),
-  "v6e": Chip(32e9, 918e12, 1_640e9, 224e9),
+  "v5e": Chip(16e9, 197e12, 819e9, 100e9, 1.5e9),
+  "v5p": Chip(95e9, 459e12, 2_765e9, 300e9, 1.75e9),
+  "v6e": Chip(32e9, 918e12, 1_640e9, 224e9, 1.75e9),
 }
 
 
@@ -44,6 +45,7 @@ class Estimate:
   sent: collections.Counter  # bytes from other devices, by kind of collective
   times: collections.Counter  # collectives, by kind
   seconds: dict[str, float]  # at the least, by what would take them: "compute", ...
+  thought: float | None  # seconds by the compiler's own estimate, where it makes one
 
   @property
   def peak(self) -> int:
@@ -80,6 +82,7 @@ def estimate(program: Program, compiled: Any, chip: Chip) -> Estimate:
       "memory": cost.bytes / chip.bandwidth,
       "interconnect": sum(cost.sent.values()) / chip.interconnect,
     },
+    thought=cost.cycles / chip.clock if cost.cycles and chip.clock else None,
   )
 
 
