@@ -260,5 +260,6 @@ def test_programs_compile_for_tpus_with_the_products_that_they_have_on_a_cpu(att
       hlo.cost(program.compile().as_text(), program.loops) for program in (there, here)
     )
     assert found.cycles > 0
-    if attention == "plain":
-      assert found.flops == pytest.approx(expected.flops, rel=0.15)
+    # Not counted are products of few rows, which become sums, and what is in splash attention.
+    if attention == "plain" and here.name in ("sft step", "reward step", "ppo update"):
+      assert found.flops == pytest.approx(expected.flops, rel=0.05), here.name

@@ -61,20 +61,13 @@ OPTIONS = {
 }
 
 
-def main(config, workdir, devices, chip, compiler, memory, flops, bandwidth, interconnect):
+def main(config, workdir, devices, chip, compiler, **own):
   if chip not in CHIPS:
     raise UserError(f"argument --chip={chip}: known are {', '.join(CHIPS)}.")
   if compiler not in ("cpu", "tpu"):
     raise UserError(f"argument --compiler={compiler}: known are cpu and tpu.")
   on = topology.tpus(chip, devices) if compiler == "tpu" else None
-  known = CHIPS[chip]
-  chip = Chip(
-    memory * GIGA or known.memory,
-    flops * 1e12 or known.flops,
-    bandwidth * GIGA or known.bandwidth,
-    interconnect * GIGA or known.interconnect,
-    known.clock,
-  )
+  chip = described(CHIPS[chip], **own)
   for name, choice in (("attention", "plain"), ("panels", "never")):
     if config.model.compute[name] == "auto":  # as it is on a chip, not on this machine's CPU
       config_lib.override(config, f"model.compute.{name}", choice)
@@ -98,6 +91,17 @@ def main(config, workdir, devices, chip, compiler, memory, flops, bandwidth, int
     console.print(advice, highlight=False)
   if advices:
     sys.exit(DOES_NOT_FIT)
+
+
+def described(known, memory, flops, bandwidth, interconnect):
+  """A chip with what the command line says of it, where that is not 0."""
+  return Chip(
+    memory * GIGA or known.memory,
+    flops * 1e12 or known.flops,
+    bandwidth * GIGA or known.bandwidth,
+    interconnect * GIGA or known.interconnect,
+    known.clock,
+  )
 
 
 def memory_table(found, chip):

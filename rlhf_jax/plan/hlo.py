@@ -21,11 +21,11 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 class Cost:
   """Of one run of a program, on one device."""
 
-  flops: float = 0.0  # of matrix products, two for a multiply-add; in no kernel of a library
+  flops: float = 0.0  # of matrix products, two for a multiply-add; not those in custom calls
   bytes: float = 0.0  # that these products read and write, if nothing stays in cache
   sent: Counter = dataclasses.field(default_factory=Counter)  # bytes that arrive, by collective
   times: Counter = dataclasses.field(default_factory=Counter)  # how often, by collective
-  cycles: float = 0.0  # by the compiler's estimate; 0 where it makes none
+  cycles: float = 0.0  # by the compiler's estimate, custom calls left out; 0 where it makes none
 
   def __add__(self, other: "Cost") -> "Cost":
     return Cost(
@@ -180,7 +180,7 @@ def _trips(
     if found is None:
       return None
     if found.opcode == "constant":
-      return int(found.given) if found.given.isdigit() else None
+      return int(found.given) if found.type.startswith(("s32[]", "u32[]")) else None
     if found.opcode == "get-tuple-element" and where is inside and carried.opcode == "tuple":
       index = int(re.search(r"index=(\d+)", found.rest)[1])
       return number(carried.operands[index], scope)

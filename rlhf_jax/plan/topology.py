@@ -10,8 +10,10 @@ from rlhf_jax.types import UserError
 
 AXES = {"v5e": 2, "v5p": 3, "v6e": 2}  # of the torus that the chips of a slice form
 HOST = (2, 2, 1)  # chips of a host along each axis
-# What libtpu would else ask the machine for, in vain.
+# What libtpu would else ask the machine for, in vain; and that it opens no chip, so another process
+# may have it loaded.
 SURROUNDINGS = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -30,6 +32,9 @@ def tpus(chip: str, count: int) -> Sequence[jax.Device]:
   if count.bit_count() != 1:
     raise UserError(f"argument --devices={count}: a slice of TPUs has 1, 2, 4, 8, ... devices.")
   os.environ.update(SURROUNDINGS)
+  jax.config.update(
+    "jax_enable_compilation_cache", False
+  )  # could not be read back without the chips
   shape = sides(count, AXES[chip])
   name = f"{chip}:{'x'.join(map(str, shape))}"
   host = HOST if count > 2 else (*shape, *(1,) * (3 - len(shape)))
