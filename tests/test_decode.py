@@ -12,7 +12,7 @@ import tiny
 
 from rlhf_jax.generation import compact, decode
 from rlhf_jax.generation.sampling import Stops
-from rlhf_jax.networks import heads, likelihood
+from rlhf_jax.networks import heads, likelihood, pretrained
 from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.types import PromptBatch
@@ -151,6 +151,19 @@ def test_several_samples_of_a_prompt_are_those_of_as_many_copies_of_it(scan_laye
   together = jax.jit(functools.partial(generate, samples=4))(params, prompts, jax.random.key(0))
   assert_same(together, jax.jit(generate)(params, copies, jax.random.key(0)))
   assert len(np.unique(np.asarray(together.tokens)[:4], axis=0)) > 1  # and they are not one sample
+
+
+def test_scanned_layers_decode_one_by_one(params):
+  scanned = heads.Policy(tiny.changed(tiny.MODEL, compute__scan_layers=True))
+  prompts, key = tiny.mixed_prompts(B, P, 0), jax.random.key(0)
+  run = lambda policy: jax.jit(
+    functools.partial(decode.generate, policy, config=SAMPLING, stops=STOPS, pad_id=tiny.PAD)
+  )
+  stacked = jax.tree.map(jnp.asarray, pretrained.stack_layers(params))
+  program = run(scanned).lower(stacked, prompts, key).compile()
+  assert_same(program(stacked, prompts, key), run(tiny.POLICY)(params, prompts, key))
+  caches = f"[{tiny.MODEL.n_layers},{B},{tiny.MODEL.n_kv_heads},"  # of all layers in one
+  assert caches not in program.as_text()
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

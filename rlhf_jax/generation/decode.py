@@ -76,6 +76,7 @@ def generate(
 
   Each prompt is read once. `settings` are those of `complete`.
   """
+  policy, params = heads.unrolled(policy, params)
   return complete(policy, params, prefill(policy, params, prompts), key, **settings)
 
 
@@ -168,6 +169,7 @@ def generate_in_one_group(
 
   Each reads its part of the prompts, then multiplies all rows with its part of the kernels.
   """
+  policy, params = heads.unrolled(policy, params)
   prefilled = prefill(policy, params, prompts)
   with rules.one_group():
     completion = complete(policy, params, prefilled, key, **settings)

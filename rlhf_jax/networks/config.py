@@ -18,7 +18,7 @@ class ComputeConfig:
   """How a network is computed: what trades memory, time and rounding, and changes nothing else."""
 
   dtype: Literal["float32", "bfloat16"]  # of activations; parameters are always float32
-  scan_layers: bool  # one compiled layer under lax.scan: compiles fast when deep, decodes slower
+  scan_layers: bool  # one compiled layer under lax.scan, but to decode: compiles fast when deep
   remat: bool  # the backward pass keeps the stream between blocks, and computes the rest again
   # Columns of a row whose logits a loss holds at once. None: all; in training on a CPU, what stays
   # in its cache.

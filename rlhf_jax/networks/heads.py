@@ -6,6 +6,7 @@ The trunks have the same tree, so a reward model starts from a policy, and a cri
 model, by copying it.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -147,6 +148,24 @@ def scalar_from_trunk(network: ScalarNetwork, trunk: Params, key: jax.Array) -> 
   kernel = jax.random.normal(key, (D, 1)) * (D + 1) ** -0.5
   score = {"kernel": kernel, "bias": jnp.zeros((1,))}
   return {"trunk": jax.tree.map(jnp.copy, trunk), "score": score}
+
+
+def unrolled(policy: Policy, params: Params) -> tuple[Policy, Params]:
+  """The same policy and parameters with its layers one by one; as they are where they are so.
+
+  For decoding: a scan over layers takes each one's cache out of that of all, and puts it back
+  whole, at every token.
+  """
+  config = policy.config
+  if not config.compute.scan_layers:
+    return policy, params
+  trunk = dict(params["trunk"])
+  stacked = trunk.pop("blocks")
+  blocks = {
+    f"block_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.n_layers)
+  }
+  compute = dataclasses.replace(config.compute, scan_layers=False)
+  return Policy(dataclasses.replace(config, compute=compute)), params | {"trunk": trunk | blocks}
 
 
 def shared_stem(config: ModelConfig, trunks: Sequence[Params], frozen: Params) -> int:
