@@ -74,6 +74,14 @@ class Networks:
   reward_params: object
 
 
+def networks_of(given: argparse.Namespace) -> Networks:
+  """Those that a command line asks for, by the options that its workload has."""
+  options = {"dtype": "dtype", "remat": "remat", "scan": "scan_layers", "attention": "attention"}
+  asked = {name: getattr(given, option, None) for option, name in options.items()}
+  compute = {name: value for name, value in asked.items() if value is not None}
+  return networks(given.model, given.models, **compute)
+
+
 def networks(name: str, folder: str | None, **compute) -> Networks:
   """The networks of a model, with the weights of `folder` if one is given."""
   from rlhf_jax.networks import pretrained

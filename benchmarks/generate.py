@@ -37,7 +37,7 @@ def main():
     compact=("", "shares of the batch that it goes on in when no more rows are open"),
     turns=common.TURNS,
   )
-  networks = common.networks(given.model, given.models, dtype=given.dtype)
+  networks = common.networks_of(given)
   limits = common.limits()
   runs = []
   for shape in given.shapes.split(","):

@@ -46,14 +46,7 @@ def main():
     attention=common.ATTENTION,
     turns=common.TURNS,
   )
-  networks = common.networks(
-    given.model,
-    given.models,
-    dtype=given.dtype,
-    remat=given.remat,
-    scan_layers=given.scan,
-    attention=given.attention,
-  )
+  networks = common.networks_of(given)
   config = numbers(given)
   iterate, state = iteration(networks, config, given.seed)
   marks = {}

@@ -32,8 +32,7 @@ def main():
   )
   B, T, parts = given.pairs, given.length, given.micro_batches
   accumulate.check("reward", B, parts)
-  compute = {"dtype": given.dtype, "attention": given.attention}
-  networks = common.networks(given.model, given.models, **compute)
+  networks = common.networks_of(given)
   config, mesh = networks.scalar.config, common.mesh_of(common.devices_for(B // parts))
   optimizer = optim.make(common.adamw(1e-4, clip_norm=1.0), 1_000_000)
   state = rules.place(reward.init(networks.reward_params, optimizer), mesh)

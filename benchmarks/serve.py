@@ -55,7 +55,7 @@ def main():
     prompt=(64, "tokens of a prompt"),
     response=(64, "tokens of an answer at most"),
   )
-  networks = common.networks(given.model, given.models, dtype=given.dtype)
+  networks = common.networks_of(given)
   vocabulary = networks.policy.config.vocab_size
   loaded = Loaded(
     "bench",

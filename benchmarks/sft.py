@@ -37,14 +37,7 @@ def main():
     turns=common.TURNS,
   )
   B, T, D = given.rows, given.length, given.documents
-  networks = common.networks(
-    given.model,
-    given.models,
-    dtype=given.dtype,
-    remat=given.remat,
-    scan_layers=given.scan,
-    attention=given.attention,
-  )
+  networks = common.networks_of(given)
   config = networks.policy.config
   step, state = begin(networks, B, T, given.micro_batches, D)
   found = common.measure_step(step, state, given.repeats)

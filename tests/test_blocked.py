@@ -28,16 +28,8 @@ SHAPES = [
 
 def inputs(shape, dtype=jnp.float32):
   """Query, key, value, mask of packed rows that end in padding, and a gradient of the output."""
-  B, T, N, G, H = shape
-  rng = np.random.default_rng(T)
-  draw = lambda *size: jnp.asarray(rng.normal(size=size), dtype)
-  segments = np.sort(rng.integers(1, 4, (B, T)), axis=1)
-  segments[:, T - T // 5 :] = 0
-  segments = jnp.asarray(segments, jnp.int32)
-  mask = attention.attention_mask(segments, segments, 0)
-  real = (segments > 0)[:, :, None, None]
-  gradient = jnp.where(real, draw(B, T, N, H), 0.0).astype(dtype)
-  return draw(B, T, N, H), draw(B, G, T, H), draw(B, G, T, H), mask, gradient
+  *arrays, segments, gradient = tiny.attention_inputs(shape, dtype)
+  return *arrays, attention.attention_mask(segments, segments, 0), gradient
 
 
 def both_ways(attend, query, key, value, mask, gradient):

@@ -22,17 +22,6 @@ from rlhf_jax.types import UserError
 SHAPES = [(2, 33, 4, 2, 8), (1, 256, 4, 1, 16), (3, 390, 2, 2, 8)]
 
 
-def inputs(shape, dtype=jnp.float32):
-  """Query, key, value, segments of rows that end in padding, and a gradient of the output."""
-  B, T, N, G, H = shape
-  rng = np.random.default_rng(T)
-  draw = lambda *size: jnp.asarray(rng.normal(size=size), dtype)
-  segments = np.sort(rng.integers(1, 4, (B, T)), axis=1)
-  segments[:, T - T // 5 :] = 0
-  gradient = jnp.where((segments > 0)[:, :, None, None], draw(B, T, N, H), 0.0).astype(dtype)
-  return draw(B, T, N, H), draw(B, G, T, H), draw(B, G, T, H), jnp.asarray(segments), gradient
-
-
 def plain(query, key, value, segments, start):
   mask = attention.attention_mask(segments, segments, 0)[:, start : start + query.shape[1]]
   return attention.attend(query, key, value, mask)
@@ -58,7 +47,7 @@ def both_ways(attend, start, end, query, key, value, segments, gradient):
 @pytest.mark.parametrize("attend", [cudnn, splash], ids=["cudnn", "splash"])
 @pytest.mark.parametrize("span", [(0, None), (0, -1), (7, -1)], ids=str)
 def test_outputs_and_gradients_are_those_of_plain_attention(attend, shape, span):
-  some = inputs(shape)
+  some = tiny.attention_inputs(shape)
   found = jax.jit(functools.partial(both_ways, attend, *span))(*some)
   expected = jax.jit(functools.partial(both_ways, plain, *span))(*some)
   tiny.assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -67,7 +56,7 @@ def test_outputs_and_gradients_are_those_of_plain_attention(attend, shape, span)
 
 @pytest.mark.parametrize("attend", [cudnn, splash], ids=["cudnn", "splash"])
 def test_each_device_attends_to_its_own_rows_and_heads(attend):
-  some = inputs((4, 130, 4, 2, 8))
+  some = tiny.attention_inputs((4, 130, 4, 2, 8))
   step = functools.partial(both_ways, attend, 0, None)
   mesh = mesh_lib.make(MeshConfig(2, 2, 2))
   compiled = mesh_lib.jit(step, mesh).lower(*some).compile()
@@ -119,7 +108,7 @@ def test_a_network_attends_alike_however_it_is_computed(columns, branched, chang
 
 def test_float32_on_a_gpu_is_refused(monkeypatch):
   monkeypatch.setattr(mesh_lib, "platform", lambda: "gpu")
-  query, key, value, segments, _ = inputs(SHAPES[0])
+  query, key, value, segments, _ = tiny.attention_inputs(SHAPES[0])
   seen = attention.Seen(attention.attention_mask(segments, segments, 0), segments)
   with pytest.raises(UserError, match="needs dtype 'bfloat16', and it is 'float32'"):
     fused.attend(query, key, value, seen)

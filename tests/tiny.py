@@ -151,3 +151,19 @@ def mesh(axes: tuple[int, int, int]) -> jax.sharding.Mesh:
   """data x fsdp x tensor, on the first devices."""
   types, devices = (jax.sharding.AxisType.Auto,) * 3, jax.devices()[: int(np.prod(axes))]
   return jax.make_mesh(axes, ("data", "fsdp", "tensor"), types, devices=devices)
+
+
+def attention_inputs(shape, dtype=jnp.float32):
+  """Query, key, value, segments of packed rows that end in padding, and a gradient of the output.
+
+  `shape`: B, T, N, G, H.
+  """
+  B, T, N, G, H = shape
+  rng = np.random.default_rng(T)
+  draw = lambda *size: jnp.asarray(rng.normal(size=size), dtype)
+  segments = np.sort(rng.integers(1, 4, (B, T)), axis=1)
+  segments[:, T - T // 5 :] = 0
+  segments = jnp.asarray(segments, jnp.int32)
+  real = (segments > 0)[:, :, None, None]
+  gradient = jnp.where(real, draw(B, T, N, H), 0.0).astype(dtype)
+  return draw(B, T, N, H), draw(B, G, T, H), draw(B, G, T, H), segments, gradient

@@ -14,10 +14,10 @@ MASKED = -1e30  # finite, so that a row of padding yields finite (unused) number
 
 
 class Seen(NamedTuple):
-  """Who sees whom: queries [T] of each row, the first axis, and keys [S]."""
+  """Who sees whom, of T queries and S keys a row."""
 
   mask: jax.Array  # [B, T, S]
-  # [B, S], where a query sees all of its segment up to its own column; else, or not known, None.
+  # [B, S], where they say it all: a query sees its segment up to its own column. Else None.
   segments: jax.Array | None
 
 

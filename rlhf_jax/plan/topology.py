@@ -1,5 +1,6 @@
 """TPUs that are not here, for their compiler to compile for."""
 
+import importlib.util
 import os
 from collections.abc import Sequence
 
@@ -31,10 +32,14 @@ def tpus(chip: str, count: int) -> Sequence[jax.Device]:
     raise UserError(f"argument --compiler=tpu: --chip={chip} is none of {', '.join(AXES)}.")
   if count.bit_count() != 1:
     raise UserError(f"argument --devices={count}: a slice of TPUs has 1, 2, 4, 8, ... devices.")
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError(
+      "argument --compiler=tpu: libtpu is not installed: pip install 'rlhf_jax[tpu]'; it needs no "
+      "TPU."
+    )
   os.environ.update(SURROUNDINGS)
-  jax.config.update(
-    "jax_enable_compilation_cache", False
-  )  # could not be read back without the chips
+  # What is compiled for chips that are elsewhere cannot be read back.
+  jax.config.update("jax_enable_compilation_cache", False)
   shape = sides(count, AXES[chip])
   name = f"{chip}:{'x'.join(map(str, shape))}"
   host = HOST if count > 2 else (*shape, *(1,) * (3 - len(shape)))
@@ -43,10 +48,7 @@ def tpus(chip: str, count: int) -> Sequence[jax.Device]:
       platform="tpu", topology_name=name, chips_per_host_bounds=host
     ).devices
   except (RuntimeError, ValueError) as error:  # a JaxRuntimeError is a RuntimeError
-    raise UserError(
-      f"argument --compiler=tpu: libtpu has no slice {name}: {error}. Where it is not installed: "
-      "pip install 'rlhf_jax[tpu]'; it needs no TPU."
-    ) from error
+    raise UserError(f"argument --compiler=tpu: libtpu has no slice {name}: {error}") from error
 
 
 def sides(count: int, axes: int) -> tuple[int, ...]:
