@@ -198,6 +198,21 @@ def test_smaller_batches_and_growing_caches_change_no_token(devices, scan_layers
   assert_same(generate((0.5,), 2)[0], together)
 
 
+def test_smaller_batches_hold_the_caches_of_two_of_them_at_a_time(params):
+  rows, columns = 16, 512
+  prompts = tiny.mixed_prompts(rows, P, 0)
+
+  def temporaries(shares):
+    sampling = tiny.changed(SAMPLING, compact_to=shares, max_new_tokens=columns)
+    program = compiled(sampling).lower(params, prompts, jax.random.key(0)).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+  model = tiny.MODEL
+  a_row = 2 * 4 * model.n_layers * model.n_kv_heads * model.head_dim * (P + columns)  # bytes
+  added = temporaries((0.75, 0.625, 0.5, 0.375, 0.25)) - temporaries(())
+  assert added < 1.2 * 12 * a_row  # the next largest, not the 40 rows of all five
+
+
 def test_a_cache_grows_in_equal_parts_to_all_columns():
   assert decode.cache_columns(128, 4) == (32, 64, 96, 128)
   assert decode.cache_columns(7, 3) == (3, 5, 7)

@@ -216,17 +216,37 @@ def _finish(
 ) -> Completion:
   """`done` with the rows of `state` written to their ends, in batches that shrink to `sizes`."""
   R, shards = done.tokens.shape[1], state.rows.shape[0]
-  fewest = sizes[0] if sizes else 0  # with no more open rows, the next smaller batch has room
-  for part, held in enumerate(columns):
-    # Step t writes the column of the token before it, t - 1.
-    end = min(held + 1, R)
-    more = lambda state, end=end: (state.step < end) & (state.needed > fewest)
-    state = jax.lax.while_loop(more, functools.partial(body, part), state)
-  done = jax.tree.map(lambda x, new: compact.put(x, state.rows, new), done, state.completion)
-  if not sizes:
-    return done
-  rest = lambda: _finish(_shrink(state, sizes[0], shards), done, body, columns, sizes[1:])
-  return jax.lax.cond((state.step < R) & (state.needed > 0), rest, lambda: done)
+
+  def run(state: DecodeState, done: Completion, fewest: int) -> tuple[DecodeState, Completion]:
+    """To the end, or until no more than `fewest` rows are needed."""
+    for part, held in enumerate(columns):
+      # Step t writes the column of the token before it, t - 1.
+      end = min(held + 1, R)
+      more = lambda state, end=end: (state.step < end) & (state.needed > fewest)
+      state = jax.lax.while_loop(more, functools.partial(body, part), state)
+    put = lambda x, new: compact.put(x, state.rows, new)
+    return state, jax.tree.map(put, done, state.completion)
+
+  def go_on(
+    state: DecodeState, done: Completion, size: int, fewest: int
+  ) -> tuple[DecodeState, Completion]:
+    """In a batch of `size` rows, if any row is still needed."""
+    smaller = functools.partial(_shrink, size=size, shards=shards)
+    rest = lambda: run(smaller(state), done, fewest)
+    nothing = lambda: (_ended(state, jax.eval_shape(smaller, state)), done)
+    return jax.lax.cond((state.step < R) & (state.needed > 0), rest, nothing)
+
+  # Batch after batch, not each inside the one before: so the caches of two are held, not of all.
+  state, done = run(state, done, max(sizes, default=0))
+  for size, fewest in zip(sizes, (*sizes[1:], 0)):
+    state, done = go_on(state, done, size, fewest)
+  return done
+
+
+def _ended(state: DecodeState, like: DecodeState) -> DecodeState:
+  """A batch of `like`'s shapes in which nothing is left to do; it holds zeros."""
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+  return zeros.replace(step=state.step)
 
 
 def _shrink(state: DecodeState, size: int, shards: int) -> DecodeState:
