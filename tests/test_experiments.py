@@ -15,9 +15,10 @@ import runs
 
 from rlhf_jax import chat, launch
 from rlhf_jax.data.records import Comparison, from_json
+from rlhf_jax.networks import pretrained
 from rlhf_jax.serving import load
 from rlhf_jax.text.messages import Message
-from rlhf_jax.training import metrics
+from rlhf_jax.training import checkpoint, metrics
 
 STAGES = ("sft", "label", "reward", "ppo")
 EXPERIMENTS = (*STAGES, "chatgpt", "evaluate", "chat", "serve")
@@ -260,6 +261,19 @@ def test_a_message_that_cannot_be_answered_is_taken_back(whole):
   messages, out = hold(speaker, "Where does Alice live? " * 9, "Where does Alice live?")
   assert "error: a conversation needs" in out
   assert [role for role, _ in messages] == ["user", "assistant"]
+
+
+def test_a_run_that_scans_layers_is_served_with_its_layers_one_by_one(whole, tmp_path):
+  plain = load.of_run(whole, "sft/policy")
+  config = json.loads((whole / "config.json").read_text())
+  config["model"]["compute"]["scan_layers"] = True
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  shutil.copytree(whole / "tokenizer", tmp_path / "tokenizer")
+  stacked = pretrained.stack_layers(plain.params)
+  checkpoint.save_params(tmp_path / "sft" / "policy", stacked, config)
+  served = load.of_run(tmp_path, "newest")
+  assert served.policy == plain.policy
+  jax.tree.map(np.testing.assert_array_equal, served.params, plain.params)
 
 
 def test_serve_answers_as_chat_does_registers_the_policy_and_ends_on_sigterm(whole, tmp_path):

@@ -14,6 +14,7 @@ from rlhf_jax.networks.cache import KVCache
 from rlhf_jax.networks.config import ModelConfig
 from rlhf_jax.networks.gradients import swiglu
 from rlhf_jax.networks.transformer import Transformer
+from rlhf_jax.parallel import mesh as mesh_lib
 from rlhf_jax.types import UserError
 
 NETWORK = Transformer(tiny.MODEL)
@@ -307,6 +308,21 @@ def test_rotary_angles_make_scores_depend_on_distance_alone():
   np.testing.assert_allclose(score(7, 4), score(103, 100), rtol=1e-4)
   np.testing.assert_allclose(score(5, 5), np.sum(query * key), rtol=1e-5)
   assert abs(score(7, 4) - score(4, 7)) > 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_query_of_zeros_beside_one_that_is_alone_changes_nothing(rows, monkeypatch):
+  G, S, H = 2, 5, 8
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  cached = lambda: normal(G, S, H) if rows == 1 else normal(rows, G, S, H)
+  query, mask = normal(rows, 1, G, H), jnp.asarray(rng.random((rows, 1, 2 * S)) < 0.7)
+  inputs = query, cached(), cached(), mask, [(cached(), cached())]
+  expected = attention.attend(*inputs)
+  monkeypatch.setattr(mesh_lib, "platform", lambda: "tpu")
+  np.testing.assert_allclose(attention.attend(*inputs), expected, rtol=1e-6, atol=1e-6)
+  scores = f"f32[{G},2,{S}]" if rows == 1 else f"f32[{rows},{G},2,{S}]"
+  assert scores in str(jax.make_jaxpr(attention.attend)(*inputs))
 
 
 def test_the_gradient_of_swiglu_is_that_of_finite_differences():

@@ -100,4 +100,5 @@ def of_pretrained(section: Any) -> Loaded:
 def _loaded(name, path, config, params, tokenizer) -> Loaded:
   template = dialogue.TEMPLATES[config.text.template]
   tokenizer = Tokenizer.load(tokenizer, eos=template.end)
-  return Loaded(name, path, heads.Policy(config.model), params, tokenizer, template)
+  policy, params = heads.unrolled(heads.Policy(config.model), params)  # it is there to decode
+  return Loaded(name, path, policy, params, tokenizer, template)
