@@ -33,6 +33,15 @@ def cudnn(query, key, value, segments, start):
 
 
 splash = functools.partial(fused.by_splash, interpret=True)
+of_mask = functools.partial(fused.by_masked_splash, interpret=True)
+
+
+def masked_splash(query, key, value, segments, start):
+  mask = attention.attention_mask(segments, segments, 0)[:, start : start + query.shape[1]]
+  return of_mask(query, key, value, mask)
+
+
+KERNELS = {"cudnn": cudnn, "splash": splash, "masked splash": masked_splash}
 
 
 def both_ways(attend, start, end, query, key, value, segments, gradient):
@@ -44,7 +53,7 @@ def both_ways(attend, start, end, query, key, value, segments, gradient):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("attend", [cudnn, splash], ids=["cudnn", "splash"])
+@pytest.mark.parametrize("attend", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("span", [(0, None), (0, -1), (7, -1)], ids=str)
 def test_outputs_and_gradients_are_those_of_plain_attention(attend, shape, span):
   some = tiny.attention_inputs(shape)
@@ -54,7 +63,7 @@ def test_outputs_and_gradients_are_those_of_plain_attention(attend, shape, span)
   assert np.abs(jax.tree.leaves(expected)[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("attend", [cudnn, splash], ids=["cudnn", "splash"])
+@pytest.mark.parametrize("attend", KERNELS.values(), ids=KERNELS)
 def test_each_device_attends_to_its_own_rows_and_heads(attend):
   some = tiny.attention_inputs((4, 130, 4, 2, 8))
   step = functools.partial(both_ways, attend, 0, None)
@@ -70,6 +79,7 @@ def platform(request, monkeypatch):
   if request.param == "tpu":
     monkeypatch.setattr(mesh_lib, "platform", lambda: "tpu")
     monkeypatch.setattr(fused, "by_splash", splash)
+    monkeypatch.setattr(fused, "by_masked_splash", of_mask)
 
 
 @pytest.mark.parametrize(
