@@ -22,14 +22,16 @@ from rlhf_jax.types import UserError
 SHAPES = [(2, 33, 4, 2, 8), (1, 256, 4, 1, 16), (3, 390, 2, 2, 8)]
 
 
+def mask_of(query, segments, start):
+  return attention.attention_mask(segments, segments, 0)[:, start : start + query.shape[1]]
+
+
 def plain(query, key, value, segments, start):
-  mask = attention.attention_mask(segments, segments, 0)[:, start : start + query.shape[1]]
-  return attention.attend(query, key, value, mask)
+  return attention.attend(query, key, value, mask_of(query, segments, start))
 
 
 def cudnn(query, key, value, segments, start):
-  mask = attention.attention_mask(segments, segments, 0)[:, start : start + query.shape[1]]
-  return fused.by_cudnn(query, key, value, mask, start, "xla")
+  return fused.by_cudnn(query, key, value, mask_of(query, segments, start), start, "xla")
 
 
 splash = functools.partial(fused.by_splash, interpret=True)
@@ -37,8 +39,7 @@ of_mask = functools.partial(fused.by_masked_splash, interpret=True)
 
 
 def masked_splash(query, key, value, segments, start):
-  mask = attention.attention_mask(segments, segments, 0)[:, start : start + query.shape[1]]
-  return of_mask(query, key, value, mask)
+  return of_mask(query, key, value, mask_of(query, segments, start))
 
 
 KERNELS = {"cudnn": cudnn, "splash": splash, "masked splash": masked_splash}
@@ -61,6 +62,14 @@ def test_outputs_and_gradients_are_those_of_plain_attention(attend, shape, span)
   expected = jax.jit(functools.partial(both_ways, plain, *span))(*some)
   tiny.assert_trees_close(found, expected, rtol=1e-5, atol=1e-5)
   assert np.abs(jax.tree.leaves(expected)[0]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+  ("length", "filled", "block"),
+  [(33, 128, 128), (513, 640, 128), (600, 640, 128), (2047, 2048, 512), (5124, 5632, 512)],
+)
+def test_splash_fills_up_to_large_blocks_where_that_adds_an_eighth_at_most(length, filled, block):
+  assert (fused._in_blocks(length), fused._block_of(filled)) == (filled, block)
 
 
 @pytest.mark.parametrize("attend", KERNELS.values(), ids=KERNELS)

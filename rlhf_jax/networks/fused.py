@@ -1,6 +1,6 @@
 """Attention by the accelerator's own kernels: cuDNN's on a GPU, splash attention on a TPU.
 
-Both come with jax, and like `blocked.py` keep nothing of size [T, T] (Dao et al. 2022). cuDNN's
+Both come with jax, and like `blocked.py` keep no scores of size [T, T] (Dao et al. 2022). cuDNN's
 takes any mask, in bfloat16 alone. Splash attention takes segments, and leaves out the blocks of
 keys after a block of queries; or a mask, and leaves out the blocks that hold none of it. Each
 device attends to its own rows and heads. On a CPU, as in tests, XLA computes the function that
@@ -19,7 +19,7 @@ from rlhf_jax.types import UserError
 
 LANES = 128  # of a TPU's registers; splash attention takes multiples of so many columns
 BLOCK = 512  # queries or keys that splash attention has at hand, at most
-MOST_FILLED = 1 / 8  # of a length, for larger blocks
+MOST_FILLED = 1 / 8  # of a length, for the sake of larger blocks
 
 
 def attend(
@@ -76,11 +76,12 @@ def by_splash(query, key, value, segments, start: int, interpret: bool = False) 
 
   of_queries = segments[:, start : start + query.shape[1]]
   segments = _fill(of_queries, _in_blocks, 1), _fill(segments, _in_blocks, 1)
-  return _each_device(local, _in_blocks, segments, query * query.shape[-1] ** -0.5, key, value)
+  scaled = query * query.shape[-1] ** -0.5
+  return _each_device(local, _in_blocks, segments, scaled, key, value)
 
 
 def by_masked_splash(query, key, value, mask, interpret: bool = False) -> jax.Array:
-  """`attend` with a mask [B, C, T]; `interpret` as above."""
+  """`attend` with a mask [B, C, T], as of several answers in a row; `interpret` as above."""
   from jax.experimental.pallas.ops.tpu import splash_attention as splash  # experimental, so late
 
   def of_row(mask, query, key, value):
@@ -100,11 +101,13 @@ def by_masked_splash(query, key, value, mask, interpret: bool = False) -> jax.Ar
   # Who sees nobody, as padding does, sees the first: a sum over nothing would be divided by 0.
   nobody = ~jnp.any(mask, axis=2, keepdims=True)
   mask |= nobody & (jnp.arange(mask.shape[2]) == 0)[None, None]
-  local = jax.vmap(of_row)
-  return _each_device(local, _in_blocks, mask, query * query.shape[-1] ** -0.5, key, value)
+  scaled = query * query.shape[-1] ** -0.5
+  return _each_device(jax.vmap(of_row), _in_blocks, mask, scaled, key, value)
 
 
-def _each_device(function, filled: Callable, seen, query, key, value) -> jax.Array:
+def _each_device(
+  function: Callable, filled: Callable[[int], int], seen, query, key, value
+) -> jax.Array:
   """`function(seen, query, key, value)` by head, of each device's rows and heads; by column.
 
   Columns are filled up for it to the length that `filled` names, as those of `seen` are.
